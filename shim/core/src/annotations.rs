@@ -1,0 +1,307 @@
+//! What a pod says, read once.
+//!
+//! Every key under our prefix is known or refused: a misspelt `rekindle.dev/dataest` must not start a
+//! pod without its data. `docs/ANNOTATIONS.md` is the user's side of this file.
+
+use std::{collections::BTreeMap, str::FromStr};
+
+use serde::Deserialize;
+
+use crate::{name::ImageRef, uri::DatasetUri};
+
+/// Prefix of every annotation of ours.
+pub const PREFIX: &str = "rekindle.dev/";
+/// What kube-cache used for one dataset; understood as [`PREFIX`]`dataset`.
+pub const KUBE_CACHE_DATASET: &str = "x-openai/required-dataset";
+/// Most datasets one pod may name: more is a mistake, and each costs the node a listing.
+pub const MAX_DATASETS: usize = 64;
+
+/// What a missing dataset, or an image that is missing or does not fit, means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+pub enum Policy {
+    /// The start fails with the reason.
+    #[default]
+    Required,
+    /// The container starts without it, and the reason is reported.
+    Opportunistic,
+}
+
+impl FromStr for Policy {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "Required" => Ok(Self::Required),
+            "Opportunistic" => Ok(Self::Opportunistic),
+            _ => Err(()),
+        }
+    }
+}
+
+/// One dataset that a pod asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatasetRequest {
+    /// Its name in messages; `dataset` for the one of `rekindle.dev/dataset`.
+    pub name: String,
+    /// Where it comes from.
+    pub uri: DatasetUri,
+    /// Absolute path in the container, normal, never `/`.
+    pub mount: String,
+    /// The container that gets it; none means all of the pod's.
+    pub container: Option<String>,
+    /// What its absence means.
+    pub policy: Policy,
+}
+
+/// What a pod asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PodRequest {
+    /// The datasets, mount paths all different.
+    pub datasets: Vec<DatasetRequest>,
+    /// The image to start from.
+    pub restore_from: Option<ImageRef>,
+    /// What a missing or unfit image means.
+    pub restore_policy: Policy,
+    /// The container that `restore-from` means, where a pod has several.
+    pub container: Option<String>,
+}
+
+/// Why a pod's annotations were refused. Each sentence names the key, the value and what is allowed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AnnotationError {
+    /// A key under our prefix that does not exist.
+    #[error("annotation {key}: no such key; allowed under rekindle.dev/ are: {allowed}")]
+    UnknownKey {
+        /// The key.
+        key: String,
+        /// The keys there are, comma separated.
+        allowed: String,
+    },
+    /// A key that is part of the design and not of this build.
+    #[error("annotation {0}: this build does not have it yet; remove it")]
+    NotBuilt(String),
+    /// A value that does not fit its key.
+    #[error("annotation {key}={value:?}: {reason}")]
+    Value {
+        /// The key.
+        key: String,
+        /// The value, cut to 200 characters.
+        value: String,
+        /// What is wrong and what is allowed.
+        reason: String,
+    },
+    /// A key that means nothing without another one.
+    #[error("annotation {key} is set without {needs}; set both or neither")]
+    Alone {
+        /// The key.
+        key: String,
+        /// The key it needs.
+        needs: &'static str,
+    },
+    /// Two datasets on one path, or one inside the other.
+    #[error(
+        "annotations: datasets {first:?} and {second:?} would both be mounted at or under {mount}; give each its own path"
+    )]
+    SameMount {
+        /// One.
+        first: String,
+        /// The other.
+        second: String,
+        /// The path.
+        mount: String,
+    },
+}
+
+const KEYS: &[&str] = &[
+    "container",
+    "dataset",
+    "dataset-mount",
+    "dataset-policy",
+    "datasets",
+    "restore-from",
+    "restore-policy",
+];
+const NOT_BUILT: &[&str] = &[
+    "warm-start",
+    "warm-when",
+    "checkpoint-every",
+    "checkpoint-on-term",
+];
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Listed {
+    name: String,
+    uri: String,
+    mount: String,
+    #[serde(default)]
+    container: Option<String>,
+    #[serde(default)]
+    policy: Policy,
+}
+
+fn wrong(key: &str, value: &str, reason: impl ToString) -> AnnotationError {
+    AnnotationError::Value {
+        key: format!("{PREFIX}{key}"),
+        value: value.chars().take(200).collect(),
+        reason: reason.to_string(),
+    }
+}
+
+/// A mount path must be absolute and normal, and may not hide what every container needs.
+fn mount_path(path: &str) -> Result<String, &'static str> {
+    const WRONG: &str = "not a mount path: write an absolute path without '.', '..', '//' or control characters, and not /, /proc, /sys or /dev";
+    let inner = path.strip_prefix('/').ok_or(WRONG)?;
+    let inner = inner.strip_suffix('/').unwrap_or(inner);
+    let plain = path.len() <= 4096
+        && inner.split('/').all(|part| {
+            !part.is_empty()
+                && part != "."
+                && part != ".."
+                && !part.contains(|c: char| c.is_control())
+        });
+    let first = inner.split('/').next().unwrap_or("");
+    if !plain || matches!(first, "proc" | "sys" | "dev") {
+        return Err(WRONG);
+    }
+    Ok(format!("/{inner}"))
+}
+
+fn policy(key: &str, value: &str) -> Result<Policy, AnnotationError> {
+    value
+        .parse()
+        .map_err(|()| wrong(key, value, "allowed are Required and Opportunistic"))
+}
+
+impl PodRequest {
+    /// Reads the annotations of a bundle; those of others are passed over.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, in one sentence.
+    pub fn parse(annotations: &BTreeMap<String, String>) -> Result<Self, AnnotationError> {
+        for key in annotations
+            .keys()
+            .filter_map(|key| key.strip_prefix(PREFIX))
+        {
+            if NOT_BUILT.contains(&key) {
+                return Err(AnnotationError::NotBuilt(format!("{PREFIX}{key}")));
+            }
+            if !KEYS.contains(&key) {
+                let key = format!("{PREFIX}{}", key.chars().take(80).collect::<String>());
+                return Err(AnnotationError::UnknownKey {
+                    key,
+                    allowed: KEYS.join(", "),
+                });
+            }
+        }
+        let get = |key: &str| {
+            annotations
+                .get(&format!("{PREFIX}{key}"))
+                .map(String::as_str)
+        };
+
+        let mut request = Self {
+            container: get("container").map(str::to_owned),
+            ..Self::default()
+        };
+        let single =
+            get("dataset").or_else(|| annotations.get(KUBE_CACHE_DATASET).map(String::as_str));
+        if let Some(value) = single {
+            request.datasets.push(DatasetRequest {
+                name: "dataset".to_owned(),
+                uri: value.parse().map_err(|e| wrong("dataset", value, e))?,
+                mount: match get("dataset-mount") {
+                    Some(path) => mount_path(path).map_err(|e| wrong("dataset-mount", path, e))?,
+                    None => "/data".to_owned(),
+                },
+                container: None,
+                policy: get("dataset-policy")
+                    .map(|value| policy("dataset-policy", value))
+                    .transpose()?
+                    .unwrap_or_default(),
+            });
+        } else if let Some(key) = ["dataset-mount", "dataset-policy"]
+            .into_iter()
+            .find(|key| get(key).is_some())
+        {
+            return Err(AnnotationError::Alone {
+                key: format!("{PREFIX}{key}"),
+                needs: "rekindle.dev/dataset",
+            });
+        }
+        if let Some(value) = get("datasets") {
+            request.datasets.extend(listed(value)?);
+        }
+        distinct_mounts(&request.datasets)?;
+
+        if let Some(value) = get("restore-from") {
+            request.restore_from =
+                Some(value.parse().map_err(|e| wrong("restore-from", value, e))?);
+        }
+        if let Some(value) = get("restore-policy") {
+            request.restore_policy = policy("restore-policy", value)?;
+            if request.restore_from.is_none() {
+                let key = format!("{PREFIX}restore-policy");
+                return Err(AnnotationError::Alone {
+                    key,
+                    needs: "rekindle.dev/restore-from",
+                });
+            }
+        }
+        Ok(request)
+    }
+}
+
+fn listed(value: &str) -> Result<Vec<DatasetRequest>, AnnotationError> {
+    let refuse = |reason: String| wrong("datasets", value, reason);
+    let listed: Vec<Listed> = serde_yaml_ng::from_str(value).map_err(|e| {
+        refuse(format!(
+            "not a YAML list of {{name, uri, mount, container?, policy?}}: {e}"
+        ))
+    })?;
+    if listed.len() > MAX_DATASETS {
+        return Err(refuse(format!(
+            "{} datasets, at most {MAX_DATASETS} are allowed",
+            listed.len()
+        )));
+    }
+    listed
+        .into_iter()
+        .map(|item| {
+            let refuse = |reason: String| refuse(format!("dataset {:?}: {reason}", item.name));
+            Ok(DatasetRequest {
+                uri: item
+                    .uri
+                    .parse()
+                    .map_err(|e: crate::uri::UriError| refuse(e.to_string()))?,
+                mount: mount_path(&item.mount)
+                    .map_err(|e| refuse(format!("mount {:?} is {e}", item.mount)))?,
+                name: item.name,
+                container: item.container,
+                policy: item.policy,
+            })
+        })
+        .collect()
+}
+
+fn distinct_mounts(datasets: &[DatasetRequest]) -> Result<(), AnnotationError> {
+    let inside =
+        |a: &str, b: &str| a == b || b.strip_prefix(a).is_some_and(|rest| rest.starts_with('/'));
+    for (i, a) in datasets.iter().enumerate() {
+        for b in &datasets[i + 1..] {
+            let together =
+                a.container.is_none() || b.container.is_none() || a.container == b.container;
+            if together && (inside(&a.mount, &b.mount) || inside(&b.mount, &a.mount)) {
+                let mount = a.mount.clone().min(b.mount.clone());
+                return Err(AnnotationError::SameMount {
+                    first: a.name.clone(),
+                    second: b.name.clone(),
+                    mount,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

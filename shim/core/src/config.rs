@@ -1,0 +1,364 @@
+//! What a node says: `/etc/rekindle/config.toml`, raw → resolved once.
+//!
+//! Every key is optional. `docs/CONFIGURATION.md` is the user's side of this file.
+
+use std::{path::PathBuf, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    name::{ImageName, Namespace},
+    paths,
+    uri::DatasetUri,
+};
+
+/// How weakly a dataset's file may be verified and still be published. Ordered from weak to strong.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verification {
+    /// Only the transport's own integrity (TLS, length): the store gave nothing to compare with.
+    #[default]
+    TransportOnly,
+    /// The MD5 that a single-part, unencrypted S3 object's ETag is.
+    EtagMd5,
+    /// A checksum that the store computed when the object was written.
+    StoreChecksum,
+}
+
+/// How a restored container gets its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Paging {
+    /// Lazily when kernel and CRIU can and the image has one process, else eagerly.
+    #[default]
+    Auto,
+    /// Lazily, or the restore fails.
+    Lazy,
+    /// All pages before the first instruction.
+    Eager,
+}
+
+/// One allowed source of datasets. The first whose `allow` is a prefix of the URI and which names the
+/// pod's namespace serves it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Source {
+    /// A URI prefix that ends with a slash: `s3://models/`, `file:///srv/data/`.
+    pub allow: String,
+    /// The namespaces that may use it; `"*"` means all. Empty means none.
+    #[serde(default)]
+    pub namespaces: Vec<String>,
+    /// `https://host:port`; none means AWS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// The region to sign for; none means the SDK's chain, then `us-east-1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+    /// `endpoint/bucket/key` instead of `bucket.endpoint/key`. Defaults to true with an `endpoint`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_style: Option<bool>,
+    /// PEM file of extra certificate authorities.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// AWS shared-credentials file for this source, instead of the SDK's chain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials_file: Option<PathBuf>,
+    /// Profile in the credentials file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<String>,
+    /// Send no credentials at all.
+    #[serde(default)]
+    pub anonymous: bool,
+    /// Ask the instance metadata service for credentials. Off unless asked for: off AWS it only stalls.
+    #[serde(default)]
+    pub instance_metadata: bool,
+    /// Files that can only be verified more weakly than this are refused.
+    #[serde(default)]
+    pub minimum_verification: Verification,
+}
+
+impl Source {
+    /// Whether this source may serve `uri` to pods of `namespace`.
+    pub fn serves(&self, uri: &DatasetUri, namespace: &Namespace) -> bool {
+        // The allowed prefix ends with a slash, so `s3://models/` never matches `s3://models-private/`.
+        // `s3://bucket` is written back with its slash.
+        uri.to_string().starts_with(&self.allow)
+            && self
+                .namespaces
+                .iter()
+                .any(|name| name == "*" || name == namespace.as_str())
+    }
+}
+
+/// One image that other namespaces may start from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Export {
+    /// Whose image it is.
+    pub namespace: Namespace,
+    /// Which.
+    pub name: ImageName,
+    /// The namespaces that may start from it; `"*"` means all.
+    pub to: Vec<String>,
+}
+
+/// Datasets on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Datasets {
+    /// Where they lie.
+    pub root: PathBuf,
+    /// Allowed sources; none by default, so that nothing is fetched that nobody allowed.
+    pub sources: Vec<Source>,
+    /// Parallel ranged GETs of one download.
+    pub concurrency: usize,
+    /// Bytes of one ranged GET.
+    pub part_size: u64,
+}
+
+/// Images on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Images {
+    /// Where they lie.
+    pub root: PathBuf,
+    /// What leaves its namespace.
+    pub exports: Vec<Export>,
+}
+
+/// How containers are restored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Restore {
+    /// Lazily or eagerly.
+    pub paging: Paging,
+}
+
+/// How long the shim waits for what. All lie inside the kubelet's own limits (`docs/DESIGN.md`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Deadlines {
+    /// Sandbox create waits this long for data, then fails with the progress; the kubelet retries it
+    /// and the download goes on. RunPodSandbox has 240 s.
+    pub sandbox_data: Duration,
+    /// What container create and start may spend together on data, image and restore. StartContainer has
+    /// 120 s.
+    pub container: Duration,
+    /// What the dump of a checkpoint may take, and before it the memory that is still coming in. The
+    /// kubelet's own limit is 120 s.
+    pub checkpoint: Duration,
+}
+
+/// The node's configuration, resolved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NodeConfig {
+    /// Datasets.
+    pub datasets: Datasets,
+    /// Images.
+    pub images: Images,
+    /// Restore.
+    pub restore: Restore,
+    /// Deadlines.
+    pub deadlines: Deadlines,
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Not TOML, an unknown key, or a value of another type.
+    #[error("{file}: {reason}")]
+    Syntax {
+        /// The file.
+        file: String,
+        /// What the parser said, with line and column.
+        reason: String,
+    },
+    /// A value that cannot be.
+    #[error("{file}: {key} = {value}: {reason}")]
+    Value {
+        /// The file.
+        file: String,
+        /// The key, dotted.
+        key: String,
+        /// What was found.
+        value: String,
+        /// What is allowed.
+        reason: &'static str,
+    },
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Raw {
+    datasets: RawDatasets,
+    images: RawImages,
+    restore: RawRestore,
+    deadlines: RawDeadlines,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+struct RawDatasets {
+    root: Option<PathBuf>,
+    source: Vec<Source>,
+    concurrency: Option<usize>,
+    part_size_mib: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawImages {
+    root: Option<PathBuf>,
+    export: Vec<Export>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawRestore {
+    paging: Paging,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+struct RawDeadlines {
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    sandbox_data: Option<Duration>,
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    container: Option<Duration>,
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    checkpoint: Option<Duration>,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Raw::default().resolve()
+    }
+}
+
+impl NodeConfig {
+    /// Reads a configuration; `file` is only named in errors.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its place.
+    pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
+        let raw: Raw = toml::from_str(text).map_err(|e| ConfigError::Syntax {
+            file: file.to_owned(),
+            reason: e.to_string().trim_end().to_owned(),
+        })?;
+        let refuse = |key: &str, value: String, reason| ConfigError::Value {
+            file: file.to_owned(),
+            key: key.to_owned(),
+            value,
+            reason,
+        };
+        for source in &raw.datasets.source {
+            let known = source.allow.starts_with("s3://") || source.allow.starts_with("file:///");
+            if !known || !source.allow.ends_with('/') || source.allow.parse::<DatasetUri>().is_err()
+            {
+                let reason = "an allowed source is a URI that ends with a slash: s3://bucket/, s3://bucket/prefix/ or file:///folder/";
+                return Err(refuse(
+                    "datasets.source.allow",
+                    format!("{:?}", source.allow),
+                    reason,
+                ));
+            }
+            if let Some(endpoint) = &source.endpoint
+                && !endpoint.starts_with("https://")
+                && !endpoint.starts_with("http://")
+            {
+                let reason = "an endpoint begins with https:// (or http://, unencrypted)";
+                return Err(refuse(
+                    "datasets.source.endpoint",
+                    format!("{endpoint:?}"),
+                    reason,
+                ));
+            }
+        }
+        for (key, root) in [
+            ("datasets.root", &raw.datasets.root),
+            ("images.root", &raw.images.root),
+        ] {
+            if let Some(path) = root.as_ref().filter(|path| !path.is_absolute()) {
+                return Err(refuse(
+                    key,
+                    format!("{path:?}"),
+                    "an absolute path is needed",
+                ));
+            }
+        }
+        if let Some(n) = raw.datasets.concurrency.filter(|n| !(1..=1024).contains(n)) {
+            return Err(refuse(
+                "datasets.concurrency",
+                n.to_string(),
+                "1 to 1024 parallel requests",
+            ));
+        }
+        // 5 MiB is S3's smallest part; above 1 GiB a retry costs more than it saves.
+        if let Some(n) = raw
+            .datasets
+            .part_size_mib
+            .filter(|n| !(1..=1024).contains(n))
+        {
+            return Err(refuse(
+                "datasets.part-size-mib",
+                n.to_string(),
+                "1 to 1024 MiB",
+            ));
+        }
+        Ok(raw.resolve())
+    }
+
+    /// The source that may serve `uri` to pods of `namespace`, if any does.
+    pub fn source_for(&self, uri: &DatasetUri, namespace: &Namespace) -> Option<&Source> {
+        self.datasets
+            .sources
+            .iter()
+            .find(|source| source.serves(uri, namespace))
+    }
+
+    /// Whether pods of `user` may start from the image `name` of `owner`.
+    pub fn may_restore(&self, owner: &Namespace, name: &ImageName, user: &Namespace) -> bool {
+        owner == user
+            || self.images.exports.iter().any(|export| {
+                export.namespace == *owner
+                    && export.name == *name
+                    && export.to.iter().any(|to| to == "*" || to == user.as_str())
+            })
+    }
+}
+
+impl Raw {
+    fn resolve(self) -> NodeConfig {
+        NodeConfig {
+            datasets: Datasets {
+                root: self
+                    .datasets
+                    .root
+                    .unwrap_or_else(|| paths::DATASETS_DIR.into()),
+                sources: self.datasets.source,
+                // 16 parts of 8 MiB in flight: what saturates a 10 Gb/s link at S3's 85-90 MB/s a request.
+                concurrency: self.datasets.concurrency.unwrap_or(16),
+                part_size: self.datasets.part_size_mib.unwrap_or(8) << 20,
+            },
+            images: Images {
+                root: self.images.root.unwrap_or_else(|| paths::IMAGES_DIR.into()),
+                exports: self.images.export,
+            },
+            restore: Restore {
+                paging: self.restore.paging,
+            },
+            deadlines: Deadlines {
+                sandbox_data: self
+                    .deadlines
+                    .sandbox_data
+                    .unwrap_or(Duration::from_secs(200)),
+                container: self.deadlines.container.unwrap_or(Duration::from_secs(90)),
+                checkpoint: self
+                    .deadlines
+                    .checkpoint
+                    .unwrap_or(Duration::from_secs(110)),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
