@@ -1,0 +1,155 @@
+//! The store of checkpoint images on this node, and the types that an image goes through.
+//!
+//! ```text
+//!  <root>/                                  0700
+//!    .partial/<request>/                    being made; request.json, criu/, upper.tar, shm.tar
+//!    .partial/<request>.lock                shared by who asked and who makes; free means: left over
+//!    <namespace>/<name>/<generation>/       sealed: manifest.json, manifest.crc64, and what they list
+//!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it
+//!    <namespace>/<name>/.last               the highest generation there ever was
+//! ```
+//! [`Request`] (who asked) and [`Partial`] (who makes) are two processes' ends of one partial folder;
+//! [`SealedImage`] has a manifest and nothing else can be had from it; [`VerifiedImage`] gives files.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use rekindle_core::name::{ImageName, ImageRef, Namespace};
+use rekindle_store::StoreError;
+
+use crate::{
+    criu_image::CriuImageError,
+    manifest::{ManifestError, shorten},
+};
+
+mod partial;
+mod store;
+mod verify;
+
+pub use partial::{Partial, Request};
+pub use store::{ImageStore, Listed, SealedImage};
+pub use verify::VerifiedImage;
+
+/// What is wrong with a file of an image.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Damage {
+    /// It is there, and the manifest does not list it.
+    #[error("is not in the manifest")]
+    Extra,
+    /// The manifest lists it, and it is not there.
+    #[error("is missing")]
+    Absent,
+    /// It is a symlink, a folder, a device.
+    #[error("is not a regular file")]
+    NotAFile,
+    /// It has another size.
+    #[error("has {found} bytes where the manifest says {expected}")]
+    Size {
+        /// What the manifest says.
+        expected: u64,
+        /// What is there.
+        found: u64,
+    },
+    /// Its bytes are not those that were sealed.
+    #[error("does not have the checksum that it was sealed with")]
+    Checksum,
+}
+
+/// Why an image was refused, or could not be made, found or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// There is no such image, or no such generation of it.
+    #[error("there is no image {0} on this node (`rekindle image ls` shows what there is)")]
+    Unknown(String),
+    /// Somebody restores from it, or is still reading its pages.
+    #[error(
+        "image {0} is in use: a container is being restored from it or still loads its memory; wait for that, or force the removal"
+    )]
+    InUse(String),
+    /// A file of it is not what it was.
+    #[error("image {image} is damaged: {file} {damage}; remove the image and make it again")]
+    Damaged {
+        /// Which image.
+        image: String,
+        /// Which file of it.
+        file: String,
+        /// What is wrong with that file.
+        damage: Damage,
+    },
+    /// Its manifest is refused.
+    #[error("image {image} is refused")]
+    Manifest {
+        /// Which image.
+        image: String,
+        /// Why.
+        source: ManifestError,
+    },
+    /// Its CRIU files are refused.
+    #[error("image {image} is refused")]
+    Criu {
+        /// Which image.
+        image: String,
+        /// Why.
+        source: CriuImageError,
+    },
+    /// The manifest is another image's.
+    #[error("image {image} is refused: its manifest says that it is {claimed}")]
+    Misplaced {
+        /// Which image.
+        image: String,
+        /// What the manifest says.
+        claimed: String,
+    },
+    /// A partial folder holds what an image cannot.
+    #[error("cannot seal image {image}: {file} {damage}")]
+    Unsealable {
+        /// Which image.
+        image: String,
+        /// Which file.
+        file: String,
+        /// What is wrong with it.
+        damage: Damage,
+    },
+    /// The partial folder's request cannot be understood.
+    #[error("{} is no request for an image: {reason}", path.display())]
+    Request {
+        /// The request file.
+        path: PathBuf,
+        /// What was found.
+        reason: String,
+    },
+    /// The store could not do it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl ImageError {
+    pub(crate) fn io<'a>(
+        doing: &'static str,
+        path: &'a Path,
+    ) -> impl FnOnce(io::Error) -> Self + 'a {
+        move |source| Self::Store(StoreError::io(doing, path)(source))
+    }
+
+    fn request(path: &Path, reason: impl std::fmt::Display) -> Self {
+        Self::Request {
+            path: path.to_owned(),
+            reason: shorten(&reason.to_string()),
+        }
+    }
+}
+
+/// `<namespace>/<name>@<generation>`.
+fn reference(namespace: &Namespace, name: &ImageName, generation: Option<u64>) -> String {
+    ImageRef {
+        namespace: Some(namespace.clone()),
+        name: name.clone(),
+        generation,
+    }
+    .to_string()
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

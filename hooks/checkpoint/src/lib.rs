@@ -1,0 +1,32 @@
+//! Checkpoint images of containers: what they are made of, where they lie, and what must be true before
+//! one is restored.
+//!
+//! ```text
+//!  make     ImageStore::begin ─▶ Partial ─▶ PageServerLink (tasks stopped) ─▶ Partial::seal ─▶ SealedImage
+//!                                              │ pages::copy_lazy_pages
+//!                                              └ archive::pack  (upper layer, /dev/shm)
+//!  restore  ImageStore::resolve ─▶ SealedImage ─verify─▶ VerifiedImage ─fit─▶ archive::unpack ─▶ Pager
+//! ```
+//! An image exists only when its manifest does, and a process gets its bytes only through a
+//! [`VerifiedImage`]: there is no way from a [`SealedImage`] to its CRIU folder.
+//!
+//! No runtime and no network: every call blocks. At most two threads and a few MiB of buffers are used,
+//! whatever the image's size, for all of this runs inside the shim.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod archive;
+pub mod criu_image;
+pub mod deleted;
+pub mod fit;
+pub mod image;
+pub mod manifest;
+pub mod page_server;
+pub mod pager;
+pub mod pages;
+mod parallel;
+pub mod plain;
+
+pub use image::{ImageError, ImageStore, Partial, Request, SealedImage, VerifiedImage};
+pub use manifest::{Facts, Manifest};
+pub use page_server::PageServerLink;
