@@ -1,0 +1,392 @@
+//! A container's bundle: read once, understood once, changed in one place.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use containerd_shim::bootstrap::any_is;
+use containerd_shim_protos::{
+    protobuf::{Message, well_known_types::any::Any},
+    shim::oci::Options,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{error::Error, runc};
+
+/// Largest config.json that is read. Kubernetes' largest pods stay below 1 MiB.
+const MAX_CONFIG: u64 = 32 << 20;
+/// What the `delete` command needs to know after the shim was killed.
+const REMEMBERED: &str = "rekindle-shim.json";
+/// Names runc's CRIU configuration file (runc `docs/checkpoint-restore.md`).
+const CRIU_CONFIG_KEY: &str = "org.criu.config";
+
+/// `runc.v1.Options`, resolved.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct RuncOptions {
+    pub(crate) binary: String,
+    pub(crate) root: String,
+    pub(crate) systemd_cgroup: bool,
+    pub(crate) no_pivot_root: bool,
+    pub(crate) no_new_keyring: bool,
+    pub(crate) shim_cgroup: String,
+    pub(crate) io_uid: u32,
+    pub(crate) io_gid: u32,
+    pub(crate) criu_image_path: String,
+    pub(crate) criu_work_path: String,
+}
+
+/// `runtimeoptions.v1.Options`: what containerd sends for a runtime type of its own, with the
+/// `[options]` table of its configuration as TOML in field 3.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "PascalCase", default)]
+struct TomlOptions {
+    binary_name: String,
+    root: String,
+    systemd_cgroup: bool,
+    no_pivot_root: bool,
+    no_new_keyring: bool,
+    shim_cgroup: String,
+    io_uid: u32,
+    io_gid: u32,
+    criu_image_path: String,
+    criu_work_path: String,
+}
+
+impl RuncOptions {
+    /// Reads the options of a create call or of the `start` handshake.
+    pub(crate) fn parse(any: Option<&Any>) -> Result<Self, Error> {
+        let Some(any) = any.filter(|any| !any.type_url.is_empty()) else {
+            return Ok(Self::default());
+        };
+        let wrong = |reason: String| Error::Argument {
+            key: format!("runtime options {}", any.type_url),
+            reason,
+        };
+        if any_is::<Options>(any) {
+            let options =
+                Options::parse_from_bytes(&any.value).map_err(|e| wrong(e.to_string()))?;
+            return Ok(options.into());
+        }
+        if any.type_url.ends_with("runtimeoptions.v1.Options") {
+            let body = length_delimited_field(&any.value, 3)
+                .map_err(|e| wrong(e.to_owned()))?
+                .unwrap_or_default();
+            let text = std::str::from_utf8(body).map_err(|e| wrong(e.to_string()))?;
+            let options: TomlOptions = toml::from_str(text).map_err(|e| wrong(e.to_string()))?;
+            return Ok(options.into());
+        }
+        Err(wrong(
+            "allowed are containerd.runc.v1.Options and runtimeoptions.v1.Options".to_owned(),
+        ))
+    }
+
+    pub(crate) fn binary(&self) -> String {
+        if self.binary.is_empty() {
+            "runc".to_owned()
+        } else {
+            self.binary.clone()
+        }
+    }
+
+    pub(crate) fn root(&self, namespace: &str) -> PathBuf {
+        let root = if self.root.is_empty() {
+            runc::DEFAULT_ROOT
+        } else {
+            &self.root
+        };
+        Path::new(root).join(namespace)
+    }
+}
+
+impl From<Options> for RuncOptions {
+    fn from(o: Options) -> Self {
+        Self {
+            binary: o.binary_name,
+            root: o.root,
+            systemd_cgroup: o.systemd_cgroup,
+            no_pivot_root: o.no_pivot_root,
+            no_new_keyring: o.no_new_keyring,
+            shim_cgroup: o.shim_cgroup,
+            io_uid: o.io_uid,
+            io_gid: o.io_gid,
+            criu_image_path: o.criu_image_path,
+            criu_work_path: o.criu_work_path,
+        }
+    }
+}
+
+impl From<TomlOptions> for RuncOptions {
+    fn from(o: TomlOptions) -> Self {
+        Self {
+            binary: o.binary_name,
+            root: o.root,
+            systemd_cgroup: o.systemd_cgroup,
+            no_pivot_root: o.no_pivot_root,
+            no_new_keyring: o.no_new_keyring,
+            shim_cgroup: o.shim_cgroup,
+            io_uid: o.io_uid,
+            io_gid: o.io_gid,
+            criu_image_path: o.criu_image_path,
+            criu_work_path: o.criu_work_path,
+        }
+    }
+}
+
+/// The bytes of one length-delimited field of a protobuf message whose type is in no crate we use.
+pub(crate) fn length_delimited_field(
+    message: &[u8],
+    number: u32,
+) -> Result<Option<&[u8]>, &'static str> {
+    const SHORT: &str = "not a protobuf message";
+    fn varint(bytes: &mut &[u8]) -> Result<u64, &'static str> {
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let (&byte, rest) = bytes.split_first().ok_or(SHORT)?;
+            *bytes = rest;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(SHORT)
+    }
+    let mut rest = message;
+    while !rest.is_empty() {
+        let key = varint(&mut rest)?;
+        match key & 7 {
+            0 => {
+                varint(&mut rest)?;
+            }
+            2 => {
+                let length = usize::try_from(varint(&mut rest)?).map_err(|_| SHORT)?;
+                let (value, after) = rest.split_at_checked(length).ok_or(SHORT)?;
+                if key >> 3 == u64::from(number) {
+                    return Ok(Some(value));
+                }
+                rest = after;
+            }
+            1 => rest = rest.get(8..).ok_or(SHORT)?,
+            5 => rest = rest.get(4..).ok_or(SHORT)?,
+            _ => return Err(SHORT),
+        }
+    }
+    Ok(None)
+}
+
+/// What outlives the shim: written at create, read by the `delete` command.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Remembered {
+    pub(crate) options: RuncOptions,
+}
+
+impl Remembered {
+    pub(crate) fn write(&self, bundle: &Path) -> Result<(), Error> {
+        let path = bundle.join(REMEMBERED);
+        let text = serde_json::to_vec(self).unwrap_or_default();
+        fs::write(&path, text).map_err(Error::file("writing", path))
+    }
+
+    /// Absent when the container was never created, or made by another shim: then all defaults.
+    pub(crate) fn read(bundle: &Path) -> Self {
+        fs::read(bundle.join(REMEMBERED))
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok())
+            .unwrap_or_default()
+    }
+}
+
+/// Only the annotations: all that the `start` command needs.
+#[derive(Deserialize, Default)]
+#[serde(default)]
+pub(crate) struct Annotations {
+    pub(crate) annotations: BTreeMap<String, String>,
+}
+
+impl Annotations {
+    pub(crate) fn read(bundle: &Path) -> Result<Self, Error> {
+        let path = bundle.join("config.json");
+        let text = read_config(&path)?;
+        serde_json::from_slice(&text).map_err(|e| Error::Argument {
+            key: path.display().to_string(),
+            reason: e.to_string(),
+        })
+    }
+}
+
+fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
+    let size = fs::metadata(path)
+        .map_err(Error::file("reading", path))?
+        .len();
+    if size > MAX_CONFIG {
+        let reason =
+            format!("{size} bytes are more than a bundle's config.json has ({MAX_CONFIG} at most)");
+        return Err(Error::Argument {
+            key: path.display().to_string(),
+            reason,
+        });
+    }
+    fs::read(path).map_err(Error::file("reading", path))
+}
+
+/// One mount of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Mount<'a> {
+    pub(crate) kind: &'a str,
+    pub(crate) source: &'a str,
+    pub(crate) destination: &'a str,
+    pub(crate) read_only: bool,
+}
+
+/// A bundle's config.json, kept as JSON: what this build's types do not know must survive a change.
+#[derive(Debug, Clone)]
+pub(crate) struct Spec {
+    path: PathBuf,
+    json: Value,
+}
+
+impl Spec {
+    pub(crate) fn read(bundle: &Path) -> Result<Self, Error> {
+        let path = bundle.join("config.json");
+        let json = serde_json::from_slice(&read_config(&path)?).map_err(|e| Error::Argument {
+            key: path.display().to_string(),
+            reason: e.to_string(),
+        })?;
+        Ok(Self { path, json })
+    }
+
+    pub(crate) fn write(&self) -> Result<(), Error> {
+        let text = serde_json::to_vec(&self.json).unwrap_or_default();
+        fs::write(&self.path, text).map_err(Error::file("writing", &self.path))
+    }
+
+    /// In the OCI crate's types.
+    pub(crate) fn parsed(&self) -> Result<oci_spec::runtime::Spec, Error> {
+        serde_json::from_value(self.json.clone()).map_err(|e| Error::Argument {
+            key: self.path.display().to_string(),
+            reason: e.to_string(),
+        })
+    }
+
+    /// A string somewhere in it, by JSON pointer.
+    pub(crate) fn text(&self, pointer: &str) -> Option<&str> {
+        self.json
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .filter(|text| !text.is_empty())
+    }
+
+    pub(crate) fn annotations(&self) -> BTreeMap<String, String> {
+        let Some(map) = self.json.get("annotations").and_then(Value::as_object) else {
+            return BTreeMap::new();
+        };
+        map.iter()
+            .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())))
+            .collect()
+    }
+
+    /// The path of a namespace the container joins; `None`: it has one of its own, or none.
+    pub(crate) fn namespace_path(&self, kind: &str) -> Option<PathBuf> {
+        let namespaces = self.json.pointer("/linux/namespaces")?.as_array()?;
+        let namespace = namespaces
+            .iter()
+            .find(|ns| ns.get("type").and_then(Value::as_str) == Some(kind))?;
+        namespace
+            .get("path")
+            .and_then(Value::as_str)
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from)
+    }
+
+    /// Whether the container has, makes or joins a namespace of this kind; if not it is the host's.
+    pub(crate) fn has_namespace(&self, kind: &str) -> bool {
+        let namespaces = self
+            .json
+            .pointer("/linux/namespaces")
+            .and_then(Value::as_array);
+        namespaces.is_some_and(|all| {
+            all.iter()
+                .any(|ns| ns.get("type").and_then(Value::as_str) == Some(kind))
+        })
+    }
+
+    /// Device nodes of NVIDIA that the container gets; a checkpoint of it would lose its GPU state.
+    pub(crate) fn nvidia_devices(&self) -> Vec<String> {
+        let devices = self
+            .json
+            .pointer("/linux/devices")
+            .and_then(Value::as_array);
+        let paths = devices
+            .into_iter()
+            .flatten()
+            .filter_map(|device| device.get("path")?.as_str());
+        let mounts = self.mounts().map(|mount| mount.source);
+        paths
+            .chain(mounts)
+            .filter(|path| path.starts_with("/dev/nvidia"))
+            .map(str::to_owned)
+            .collect()
+    }
+
+    /// Its mounts, in order.
+    pub(crate) fn mounts(&self) -> impl Iterator<Item = Mount<'_>> {
+        let mounts = self.json.get("mounts").and_then(Value::as_array);
+        mounts.into_iter().flatten().filter_map(|mount| {
+            let text = |key: &str| mount.get(key).and_then(Value::as_str);
+            Some(Mount {
+                kind: text("type").unwrap_or_default(),
+                source: text("source").unwrap_or_default(),
+                destination: text("destination")?,
+                read_only: mount
+                    .get("options")
+                    .and_then(Value::as_array)
+                    .is_some_and(|options| options.iter().any(|option| option == "ro")),
+            })
+        })
+    }
+
+    /// The source of the writable bind at `destination`, if there is one.
+    pub(crate) fn bind_source(&self, destination: &str) -> Option<PathBuf> {
+        let mount = self
+            .mounts()
+            .find(|mount| mount.destination == destination)?;
+        let lends = mount.kind == "bind" && !mount.read_only && !mount.source.is_empty();
+        lends.then(|| mount.source.into())
+    }
+
+    /// Adds a read-only bind of `source` at `destination`; one that is there already is replaced.
+    pub(crate) fn bind_read_only(&mut self, source: &Path, destination: &str) {
+        let mount = json!({
+            "destination": destination,
+            "type": "bind",
+            "source": source,
+            "options": ["rbind", "ro", "nosuid", "nodev", "rprivate"],
+        });
+        let Some(spec) = self.json.as_object_mut() else {
+            return;
+        };
+        let mounts = spec.entry("mounts").or_insert_with(|| json!([]));
+        if let Some(mounts) = mounts.as_array_mut() {
+            mounts.retain(|m| m.get("destination").and_then(Value::as_str) != Some(destination));
+            mounts.push(mount);
+        }
+    }
+
+    /// Points runc at this bundle's CRIU configuration. Returns what the bundle pointed at before.
+    pub(crate) fn set_criu_config(&mut self, file: &Path) -> Option<PathBuf> {
+        let spec = self.json.as_object_mut()?;
+        let annotations = spec
+            .entry("annotations")
+            .or_insert_with(|| json!({}))
+            .as_object_mut()?;
+        let before = annotations.insert(CRIU_CONFIG_KEY.to_owned(), json!(file));
+        before.and_then(|value| value.as_str().map(PathBuf::from))
+    }
+}
+
+#[cfg(test)]
+mod tests;

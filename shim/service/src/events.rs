@@ -1,0 +1,146 @@
+//! Events to containerd, in the order in which they happened.
+//!
+//! containerd may be away when something happens: it is being restarted, or upgraded. An event is kept
+//! and tried again until it is delivered, and those behind it wait, so that no exit overtakes its start.
+
+use std::time::Duration;
+
+use containerd_shim::event::Event;
+use containerd_shim_protos::{
+    protobuf::{MessageDyn, MessageField, well_known_types::any::Any},
+    shim::{event::Envelope, events::ForwardRequest},
+    shim_async::{Client, EventsClient},
+    ttrpc::{self, context},
+};
+use tokio::sync::{mpsc, oneshot};
+use tracing::warn;
+
+use crate::exits::timestamp;
+
+/// Events that wait while containerd is away. Beyond it the newest are dropped: containerd asks for
+/// every task's state when it comes back, so an event is news, not truth.
+const QUEUE: usize = 1024;
+/// containerd answers an event at once or not at all.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Between attempts. containerd needs some 100 ms to come back; ten seconds are an outage.
+const RETRY: [Duration; 4] = [
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+    Duration::from_secs(10),
+];
+
+/// Handle for whoever has something to report.
+#[derive(Debug, Clone)]
+pub(crate) struct Events(mpsc::Sender<Item>);
+
+#[derive(Debug)]
+enum Item {
+    Event(Box<Envelope>),
+    Flush(oneshot::Sender<()>),
+}
+
+impl Events {
+    /// Starts the forwarder. `address` is containerd's ttrpc socket.
+    pub(crate) fn start(address: String, namespace: String) -> Self {
+        let (sender, mut receiver) = mpsc::channel(QUEUE);
+        tokio::spawn(async move {
+            let mut link = Link {
+                address,
+                client: None,
+            };
+            while let Some(item) = receiver.recv().await {
+                match item {
+                    Item::Event(mut envelope) => {
+                        envelope.namespace.clone_from(&namespace);
+                        link.deliver(*envelope).await;
+                    }
+                    Item::Flush(done) => {
+                        let _ = done.send(());
+                    }
+                }
+            }
+        });
+        Self(sender)
+    }
+
+    /// Queues an event; never waits.
+    pub(crate) fn send(&self, event: impl Event) {
+        let mut envelope = Envelope::new();
+        envelope.topic = event.topic();
+        envelope.timestamp = timestamp(std::time::SystemTime::now());
+        envelope.event = MessageField::some(pack(&event));
+        let topic = envelope.topic.clone();
+        if self.0.try_send(Item::Event(Box::new(envelope))).is_err() {
+            warn!(%topic, "event dropped: {QUEUE} are waiting already");
+        }
+    }
+
+    /// Waits until everything queued so far was delivered.
+    pub(crate) async fn flush(&self) {
+        let (sender, receiver) = oneshot::channel();
+        if self.0.send(Item::Flush(sender)).await.is_ok() {
+            let _ = receiver.await;
+        }
+    }
+}
+
+/// As containerd's typeurl writes it: the message's bare name.
+fn pack(event: &dyn MessageDyn) -> Any {
+    let mut any = Any::new();
+    any.type_url = event.descriptor_dyn().full_name().to_owned();
+    any.value = event.write_to_bytes_dyn().unwrap_or_default();
+    any
+}
+
+/// The connection to containerd, made when it is needed.
+struct Link {
+    address: String,
+    client: Option<EventsClient>,
+}
+
+impl Link {
+    async fn deliver(&mut self, envelope: Envelope) {
+        let mut request = ForwardRequest::new();
+        let topic = envelope.topic.clone();
+        request.envelope = MessageField::some(envelope);
+        let mut waits = RETRY
+            .iter()
+            .chain(std::iter::repeat(&RETRY[RETRY.len() - 1]));
+        loop {
+            match self.forward(&request).await {
+                Ok(()) => return,
+                // containerd has it and does not want it; it will not want it later either.
+                Err(ttrpc::Error::RpcStatus(status)) => {
+                    warn!(%topic, reason = status.message, "containerd refused an event");
+                    return;
+                }
+                Err(error) => {
+                    self.client = None;
+                    let wait = waits.next().copied().unwrap_or(ANSWER);
+                    tracing::debug!(%topic, %error, "containerd is away; the event waits");
+                    tokio::time::sleep(wait).await;
+                }
+            }
+        }
+    }
+
+    async fn forward(&mut self, request: &ForwardRequest) -> ttrpc::Result<()> {
+        let client = match &self.client {
+            Some(client) => client,
+            None => {
+                let address = format!("unix://{}", self.address.trim_start_matches("unix://"));
+                let connected = Client::connect(&address).await?;
+                self.client.insert(EventsClient::new(connected))
+            }
+        };
+        let answer = client.forward(context::Context::default(), request);
+        match tokio::time::timeout(ANSWER, answer).await {
+            Ok(result) => result.map(drop),
+            Err(_) => Err(ttrpc::Error::Others(format!(
+                "no answer within {} s",
+                ANSWER.as_secs()
+            ))),
+        }
+    }
+}

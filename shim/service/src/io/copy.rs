@@ -1,0 +1,333 @@
+//! The copying itself: small buffers, and none while nothing flows.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::fd::OwnedFd,
+    path::Path,
+};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::{io::unix::AsyncFd, net::unix::pipe, sync::watch};
+
+use super::Endpoint;
+use crate::{error::Error, sys};
+
+/// One read. A FIFO holds 64 KiB; 16 KiB keeps a hundred idle pods small and costs a busy one little.
+const CHUNK: usize = 16 << 10;
+
+fn nonblocking(fd: &OwnedFd) -> Result<(), Error> {
+    fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+        .map(drop)
+        .map_err(Error::io("making a stream non-blocking"))
+}
+
+/// Where output comes from.
+#[derive(Debug)]
+pub(crate) enum Reader {
+    Pipe(pipe::Receiver),
+    Terminal(AsyncFd<OwnedFd>),
+}
+
+/// Where input goes to.
+#[derive(Debug)]
+pub(crate) enum Writer {
+    Pipe(pipe::Sender),
+    Terminal(AsyncFd<OwnedFd>),
+}
+
+/// Where output goes to.
+#[derive(Debug)]
+pub(crate) enum Sink {
+    Fifo(pipe::Sender),
+    File(File),
+}
+
+impl Reader {
+    pub(crate) fn pipe(fd: OwnedFd) -> Result<Self, Error> {
+        nonblocking(&fd)?;
+        pipe::Receiver::from_owned_fd_unchecked(fd)
+            .map(Self::Pipe)
+            .map_err(Error::io("reading a pipe"))
+    }
+
+    pub(crate) fn terminal(fd: OwnedFd) -> Result<Self, Error> {
+        nonblocking(&fd)?;
+        sys::async_fd(fd)
+            .map(Self::Terminal)
+            .map_err(Error::io("reading a terminal"))
+    }
+
+    /// The next bytes; none at the end.
+    async fn next(&self, buffer: &mut Vec<u8>) -> io::Result<usize> {
+        loop {
+            let read = match self {
+                Self::Pipe(pipe) => {
+                    pipe.readable().await?;
+                    buffer.resize(CHUNK, 0);
+                    pipe.try_read(buffer)
+                }
+                Self::Terminal(fd) => {
+                    let mut ready = fd.readable().await?;
+                    buffer.resize(CHUNK, 0);
+                    match ready
+                        .try_io(|fd| nix::unistd::read(fd.get_ref(), buffer).map_err(Into::into))
+                    {
+                        // The other side of a terminal is gone: that is its end, not an error.
+                        Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => Ok(0),
+                        Ok(result) => result,
+                        Err(_would_block) => continue,
+                    }
+                }
+            };
+            match read {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
+                other => return other,
+            }
+        }
+    }
+}
+
+impl Writer {
+    pub(crate) fn pipe(fd: OwnedFd) -> Result<Self, Error> {
+        nonblocking(&fd)?;
+        pipe::Sender::from_owned_fd_unchecked(fd)
+            .map(Self::Pipe)
+            .map_err(Error::io("writing a pipe"))
+    }
+
+    pub(crate) fn terminal(fd: OwnedFd) -> Result<Self, Error> {
+        nonblocking(&fd)?;
+        sys::async_fd(fd)
+            .map(Self::Terminal)
+            .map_err(Error::io("writing a terminal"))
+    }
+
+    async fn all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let written = match self {
+                Self::Pipe(pipe) => try_pipe(pipe, bytes).await,
+                Self::Terminal(fd) => {
+                    let mut ready = fd.writable().await?;
+                    match ready
+                        .try_io(|fd| nix::unistd::write(fd.get_ref(), bytes).map_err(Into::into))
+                    {
+                        Ok(result) => result,
+                        Err(_would_block) => continue,
+                    }
+                }
+            };
+            match written {
+                Ok(n) => bytes = &bytes[n..],
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn try_pipe(pipe: &pipe::Sender, bytes: &[u8]) -> io::Result<usize> {
+    pipe.writable().await?;
+    pipe.try_write(bytes)
+}
+
+impl Sink {
+    pub(crate) fn open(endpoint: &Endpoint) -> Result<Self, Error> {
+        match endpoint {
+            // Read and write: opening does not wait for a reader, and a reader that goes away (a
+            // restart of containerd) is no error. The reader sees the end when we close.
+            Endpoint::Fifo(path) => pipe::OpenOptions::new()
+                .read_write(true)
+                .open_sender(path)
+                .map(Self::Fifo)
+                .map_err(Error::file("opening the output FIFO", path)),
+            Endpoint::File(path) => {
+                if let Some(folder) = path.parent() {
+                    std::fs::create_dir_all(folder).map_err(Error::file("creating", folder))?;
+                }
+                File::options()
+                    .create(true)
+                    .append(true)
+                    .open(path)
+                    .map(Self::File)
+                    .map_err(Error::file("opening the output file", path))
+            }
+        }
+    }
+
+    async fn all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::File(file) => file.write_all(bytes),
+            Self::Fifo(fifo) => {
+                while !bytes.is_empty() {
+                    match try_pipe(fifo, bytes).await {
+                        Ok(n) => bytes = &bytes[n..],
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Copies output until its end. If it cannot be written it is read all the same, so that the process
+/// does not stop at a full pipe.
+pub(crate) async fn output(from: Reader, mut to: Sink) {
+    let mut broken = false;
+    loop {
+        // Allocated anew for each burst: an idle stream holds no buffer.
+        let mut buffer = Vec::new();
+        match from.next(&mut buffer).await {
+            Ok(0) => return,
+            Ok(n) if !broken => {
+                if let Err(error) = to.all(&buffer[..n]).await {
+                    tracing::warn!(%error, "output is lost from here on");
+                    broken = true;
+                }
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "reading output failed");
+                return;
+            }
+        }
+    }
+}
+
+/// The stdin FIFO, held open for writing by us until the caller closes it: a client that detaches does
+/// not end a container's input, only `CloseIO` does.
+#[derive(Debug)]
+pub(crate) struct Stdin {
+    fifo: pipe::Receiver,
+    keep_open: pipe::Sender,
+    closed: watch::Receiver<()>,
+}
+
+impl Stdin {
+    pub(crate) fn open(path: &Path, closed: watch::Receiver<()>) -> Result<Self, Error> {
+        let failed = || Error::file("opening the input FIFO", path);
+        let fifo = pipe::OpenOptions::new()
+            .open_receiver(path)
+            .map_err(failed())?;
+        let keep_open = pipe::OpenOptions::new()
+            .open_sender(path)
+            .map_err(failed())?;
+        Ok(Self {
+            fifo,
+            keep_open,
+            closed,
+        })
+    }
+}
+
+/// Copies input until its end, or until the process no longer reads.
+pub(crate) async fn input(from: Stdin, to: Writer) {
+    let Stdin {
+        fifo,
+        keep_open,
+        mut closed,
+    } = from;
+    let mut keep_open = Some(keep_open);
+    let from = Reader::Pipe(fifo);
+    loop {
+        let mut buffer = Vec::new();
+        let read = tokio::select! {
+            read = from.next(&mut buffer) => read,
+            // The sender is never used, only dropped.
+            _ = closed.changed(), if keep_open.is_some() => {
+                keep_open = None;
+                continue;
+            }
+        };
+        match read {
+            Ok(n) if n > 0 => {
+                if to.all(&buffer[..n]).await.is_err() {
+                    return;
+                }
+            }
+            _ => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn output_reaches_a_reader_that_comes_late_and_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let copying = tokio::spawn(output(
+            Reader::pipe(read).unwrap(),
+            Sink::open(&Endpoint::Fifo(path.clone())).unwrap(),
+        ));
+        let big = vec![7u8; 300_000];
+        let expected = big.clone();
+        let reader = tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            File::open(path).unwrap().read_to_end(&mut all).unwrap();
+            all
+        });
+        tokio::task::spawn_blocking(move || File::from(write).write_all(&big).unwrap())
+            .await
+            .unwrap();
+        assert_eq!(reader.await.unwrap(), expected);
+        copying.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn input_ends_when_closed_and_not_when_a_client_detaches() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("in");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (open, closed) = watch::channel(());
+        let copying = tokio::spawn(input(
+            Stdin::open(&path, closed).unwrap(),
+            Writer::pipe(write).unwrap(),
+        ));
+        for _ in 0..2 {
+            let path = path.clone();
+            tokio::task::spawn_blocking(move || {
+                File::options()
+                    .write(true)
+                    .open(path)
+                    .unwrap()
+                    .write_all(b"hello")
+                    .unwrap();
+            })
+            .await
+            .unwrap();
+        }
+        let mut process = File::from(read);
+        let read = tokio::task::spawn_blocking(move || {
+            let mut ten = [0; 10];
+            process.read_exact(&mut ten).unwrap();
+            (process, ten)
+        });
+        let (mut process, ten) = read.await.unwrap();
+        assert_eq!(&ten, b"hellohello");
+        assert!(!copying.is_finished());
+        drop(open);
+        copying.await.unwrap();
+        assert_eq!(process.read(&mut [0; 1]).unwrap(), 0);
+    }
+}

@@ -1,0 +1,312 @@
+//! Checkpoint: the only place that knows its order.
+//!
+//! Failure contract: sealed, or running as before. The dump always leaves the tasks running, or frozen
+//! when the call found them so; `exit` ends them only once the image is complete.
+
+mod window;
+
+use std::{fs, path::Path, sync::Arc, time::Duration};
+
+use rekindle_checkpoint::{
+    Facts, ImageStore, Partial,
+    fit::container_facts,
+    manifest::{DumpFlags, FileEntry},
+    pages::Tasks,
+    plain,
+};
+
+use super::{PhaseError, step};
+use crate::{
+    bundle::Spec,
+    context::Fixed,
+    criu::{self, CheckpointRequest, CriuError, Purpose},
+    error::{Error, sentence},
+    lifecycle::State,
+    runc::RuncError,
+    threads::blocking,
+};
+
+/// Takes a checkpoint of a container whose init is `pid` and in which `execs` run.
+pub(crate) async fn run(
+    fixed: &Arc<Fixed>,
+    pid: i32,
+    state: State,
+    execs: &[(String, i32)],
+    request: &CheckpointRequest,
+) -> Result<(), Error> {
+    refuse(fixed, execs)?;
+    let id = fixed.id.as_str();
+    let spec = Spec::read(&fixed.bundle)?;
+    let facts = step(id, "facts", facts(fixed, &spec, request)).await?;
+    let work = request
+        .work
+        .clone()
+        .unwrap_or_else(|| fixed.bundle.join("criu-work"));
+    fs::create_dir_all(&work).map_err(Error::file("creating", &work))?;
+
+    let destination = step(id, "where", destination(fixed, request)).await?;
+    // Frozen by runc before CRIU looks: on cgroup v1 a tree that forks can keep CRIU's own freezing from
+    // ever ending, which runc knows how to get round. With exit they stay frozen until their end: what
+    // they did after the dump would be in nobody's image.
+    let held = state == State::Running;
+    let release = held && !request.exit;
+    if held {
+        step(id, "hold", async { Ok(fixed.runc.pause().await?) }).await?;
+    }
+    let made = match destination {
+        Some(partial) => match refuse_image(fixed, &spec) {
+            Ok(()) => sealed(fixed, pid, &spec, facts, partial, &work, release).await,
+            Err(error) => Err(error),
+        },
+        None => plainly(fixed, request, &facts, &work, release).await,
+    };
+    if let Err(error) = made {
+        if held && let Err(error) = fixed.runc.resume().await {
+            tracing::error!(id, %error, "thawing after a failed checkpoint");
+        }
+        return Err(failed(fixed, &work, error).await);
+    }
+    if request.work.is_none() {
+        let _ = fs::remove_dir_all(&work);
+    }
+    if request.exit {
+        step(id, "kill", kill(fixed)).await?;
+    }
+    Ok(())
+}
+
+fn refuse(fixed: &Fixed, execs: &[(String, i32)]) -> Result<(), Error> {
+    if !fixed.gpu_devices.is_empty() {
+        return Err(PhaseError::Gpu {
+            id: fixed.id.clone(),
+            devices: fixed.gpu_devices.join(", "),
+        }
+        .into());
+    }
+    if let Some((exec, pid)) = execs.first() {
+        return Err(PhaseError::ExecRunning {
+            id: fixed.id.clone(),
+            exec: exec.clone(),
+            pid: *pid,
+        }
+        .into());
+    }
+    Ok(())
+}
+
+/// An image that could never be restored is not made. Plain files are the caller's own business.
+fn refuse_image(fixed: &Fixed, spec: &Spec) -> Result<(), Error> {
+    let reason = if fixed.shares_pids {
+        "it shares a PID namespace (shareProcessNamespace or hostPID), so no other container could be restored from it"
+    } else if spec.has_namespace("user") {
+        "it has a user namespace (hostUsers: false), which CRIU cannot restore into"
+    } else {
+        return Ok(());
+    };
+    Err(PhaseError::CannotCheckpoint {
+        id: fixed.id.clone(),
+        reason: reason.to_owned(),
+    }
+    .into())
+}
+
+/// The image of our store that is asked for; none for any other path, which gets CRIU's plain files.
+async fn destination(fixed: &Fixed, request: &CheckpointRequest) -> Result<Option<Partial>, Error> {
+    let cannot = |reason: String| PhaseError::CannotCheckpoint {
+        id: fixed.id.clone(),
+        reason,
+    };
+    let (root, path) = (fixed.shared.node.images.root.clone(), request.image.clone());
+    let found = blocking(move || match ImageStore::open(&root) {
+        Ok(store) => store.partial_at(&path),
+        // A node whose store cannot be made still makes plain checkpoints.
+        Err(_) if !path.starts_with(&root) => Ok(None),
+        Err(error) => Err(error),
+    })
+    .await?;
+    let Some(partial) = found.map_err(|e| cannot(sentence(&e)))? else {
+        if request.image.join("request.json").exists() {
+            let reason = format!(
+                "{} is a request for an image outside this node's store ({}); the CLI and the shim read different configurations",
+                request.image.display(),
+                fixed.shared.node.images.root.display()
+            );
+            return Err(cannot(reason).into());
+        }
+        return Ok(None);
+    };
+    let own = &fixed.plan.identity.namespace;
+    if partial.namespace() != own {
+        let reason = format!(
+            "the image is asked for in namespace {}, and the container is of {own}",
+            partial.namespace()
+        );
+        return Err(cannot(reason).into());
+    }
+    Ok(Some(partial))
+}
+
+async fn facts(fixed: &Fixed, spec: &Spec, request: &CheckpointRequest) -> Result<Facts, Error> {
+    let cannot = |reason: String| PhaseError::CannotCheckpoint {
+        id: fixed.id.clone(),
+        reason,
+    };
+    let host = fixed
+        .shared
+        .host
+        .get(&fixed.runc.exits, &fixed.runc.binary)
+        .await
+        .map_err(cannot)?;
+    Ok(Facts {
+        host,
+        dump: DumpFlags {
+            link_remap: true,
+            ..request.flags.clone()
+        },
+        container: container_facts(&spec.parsed()?),
+        ..Facts::default()
+    })
+}
+
+/// A dump into our store, sealed and published.
+async fn sealed(
+    fixed: &Arc<Fixed>,
+    pid: i32,
+    spec: &Spec,
+    mut facts: Facts,
+    partial: Partial,
+    work: &Path,
+    release: bool,
+) -> Result<(), Error> {
+    facts.dump.lazy = true;
+    facts.source = partial.source().clone();
+    facts.source.container.clone_from(&fixed.id);
+    facts.source.pod.clone_from(&fixed.plan.identity.pod);
+    let (partial, taken) = step(
+        &fixed.id,
+        "dump",
+        window::dump(fixed, pid, spec, &facts.dump, partial, work),
+    )
+    .await?;
+    if release {
+        // They go on before the image is sealed.
+        step(&fixed.id, "release", async {
+            Ok(fixed.runc.resume().await?)
+        })
+        .await?;
+    }
+    facts.processes = processes(&taken.tasks);
+    let known: Vec<FileEntry> = taken.files;
+    let id = fixed.id.clone();
+    let sealing = async {
+        let sealed = blocking(move || partial.seal(facts, &known)).await?;
+        sealed.map_err(|e| {
+            PhaseError::CannotCheckpoint {
+                id: fixed.id.clone(),
+                reason: sentence(&e),
+            }
+            .into()
+        })
+    };
+    let image = step(&id, "seal", sealing).await?;
+    tracing::info!(
+        id,
+        image = image.reference(),
+        stopped_ms = taken.stopped.as_millis(),
+        "image sealed"
+    );
+    Ok(())
+}
+
+fn processes(tasks: &Tasks) -> Vec<rekindle_checkpoint::manifest::Process> {
+    let all = tasks.all().into_iter();
+    all.map(|task| rekindle_checkpoint::manifest::Process {
+        pid: task.container_pid.cast_unsigned(),
+        comm: task.comm,
+        rss: task.rss,
+    })
+    .collect()
+}
+
+/// A plain dump, in CRIU's own files, which stock runc restores.
+async fn plainly(
+    fixed: &Fixed,
+    request: &CheckpointRequest,
+    facts: &Facts,
+    work: &Path,
+    release: bool,
+) -> Result<(), Error> {
+    fs::create_dir_all(&request.image).map_err(Error::file("creating", &request.image))?;
+    fixed.criu.write(Purpose::Dump(""))?;
+    let (mut command, log) = fixed.runc.command("checkpoint");
+    // Always: with exit the tasks are ended afterwards, when nothing can fail any more.
+    command.arg("--leave-running");
+    command
+        .arg("--image-path")
+        .arg(&request.image)
+        .arg("--work-path")
+        .arg(work);
+    if let Some(parent) = &request.parent {
+        command.arg("--parent-path").arg(parent);
+    }
+    command.args(criu::arguments(&request.flags)).arg(&fixed.id);
+    let dump = async {
+        let running = fixed.runc.spawn("checkpoint", command, log)?;
+        Ok(fixed
+            .runc
+            .wait(running, fixed.shared.node.deadlines.checkpoint)
+            .await?)
+    };
+    step(&fixed.id, "dump", dump).await?;
+    if release {
+        step(&fixed.id, "release", async {
+            Ok(fixed.runc.resume().await?)
+        })
+        .await?;
+    }
+    let cannot = |e| PhaseError::CannotCheckpoint {
+        id: fixed.id.clone(),
+        reason: sentence(&e),
+    };
+    Ok(plain::write(&request.image, facts).map_err(cannot)?)
+}
+
+/// Ends a container whose image is complete and whose tasks are frozen.
+async fn kill(fixed: &Fixed) -> Result<(), Error> {
+    let killed = fixed
+        .runc
+        .kill(libc::SIGKILL.cast_unsigned(), fixed.shares_pids)
+        .await;
+    killed.or_else(|error| if error.is_gone() { Ok(()) } else { Err(error) })?;
+    // On cgroup v1 a frozen task dies only when it is thawed.
+    if let Err(error) = fixed.runc.resume().await {
+        tracing::debug!(%error, "thawing a killed container");
+    }
+    Ok(())
+}
+
+/// Finds the reason in CRIU's log, and keeps the log where containerd's users look for it.
+async fn failed(fixed: &Fixed, work: &Path, error: Error) -> Error {
+    let (log, kept) = (work.join("dump.log"), fixed.bundle.join("criu-dump.log"));
+    let (from, to) = (log.clone(), kept.clone());
+    let found = blocking(move || {
+        let reason = criu::reason(&from);
+        fs::copy(&from, &to).map(|_| reason)
+    });
+    let Ok(Ok(reason)) = found.await else {
+        return error;
+    };
+    match (&error, reason) {
+        (Error::Runc(RuncError::Failed { .. }), Some(reason)) => CriuError {
+            action: "checkpoint",
+            id: fixed.id.clone(),
+            reason,
+            log: kept,
+        }
+        .into(),
+        _ => error,
+    }
+}
+
+/// How long CRIU may take to end a dump whose window was closed.
+const CLOSING: Duration = Duration::from_secs(30);

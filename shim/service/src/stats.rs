@@ -1,0 +1,120 @@
+//! What a container uses, in the messages from which containerd computes CPU and memory of a pod.
+//!
+//! ```text
+//!   a pid  ── begin ──▶  its cgroup  ── metrics ──▶  cgroups.v1.Metrics | cgroups.v2.Metrics
+//!                             └─────────────────────▶  TaskOOM, until the end
+//! ```
+//!
+//! The cgroup is looked up once, while its init is known to live: afterwards the pid may be another's.
+//! It outlives the init until the container is deleted, and so do the metrics.
+
+mod cgroup;
+mod text;
+mod v1;
+mod v2;
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+pub(crate) use cgroup::{Cgroup, Folder};
+use containerd_shim_protos::{
+    events::task::TaskOOM,
+    protobuf::{MessageFull, well_known_types::any::Any},
+};
+
+use crate::{error::Error, events::Events, oom};
+
+/// Measures one container.
+#[derive(Debug, Default)]
+pub(crate) struct Usage {
+    cgroup: OnceLock<Arc<Cgroup>>,
+    oom: Mutex<Option<oom::Watch>>,
+}
+
+impl Usage {
+    /// Begins with the container's init. A container that cannot be measured runs all the same.
+    pub(crate) fn begin(&self, id: &str, pid: i32, events: &Events) {
+        let cgroup = match Cgroup::of(pid) {
+            Ok(cgroup) => self.cgroup.get_or_init(|| Arc::new(cgroup)),
+            Err(error) => {
+                tracing::warn!(%id, %error, "no metrics and no OOM events");
+                return;
+            }
+        };
+        let mut event = TaskOOM::new();
+        id.clone_into(&mut event.container_id);
+        let events = events.clone();
+        match oom::watch(cgroup, move || events.send(event.clone())) {
+            Ok(watch) => *self.oom.lock().unwrap_or_else(PoisonError::into_inner) = watch,
+            Err(error) => tracing::warn!(%id, %error, "no OOM events"),
+        }
+    }
+
+    /// Tells of an OOM kill that nobody was told of yet. Called before the container's end is told, so
+    /// that whoever hears of the end can know its reason.
+    pub(crate) async fn end(&self) {
+        let watch = self
+            .oom
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(watch) = watch {
+            watch.finish().await;
+        }
+    }
+
+    /// What container `id` uses now.
+    pub(crate) async fn metrics(&self, id: &str) -> Result<Any, Error> {
+        let gone = || Error::NoCgroup(id.to_owned());
+        let cgroup = Arc::clone(self.cgroup.get().ok_or_else(gone)?);
+        // The kernel adds up per CPU on a read of memory.stat: milliseconds on a large machine.
+        let collected = tokio::task::spawn_blocking(move || collect(&cgroup)).await;
+        collected.ok().flatten().ok_or_else(gone)
+    }
+}
+
+/// `None` when the cgroup is gone.
+fn collect(cgroup: &Cgroup) -> Option<Any> {
+    if !cgroup.exists() {
+        return None;
+    }
+    match cgroup {
+        Cgroup::V1(controllers) => pack(&v1::metrics(controllers)),
+        Cgroup::V2(folder) => pack(&v2::metrics(folder)),
+    }
+}
+
+/// As containerd's typeurl writes it: the message's bare name.
+fn pack<M: MessageFull>(metrics: &M) -> Option<Any> {
+    let mut any = Any::new();
+    M::descriptor().full_name().clone_into(&mut any.type_url);
+    any.value = metrics.write_to_bytes().ok()?;
+    Some(any)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_types_are_named_as_containerd_registers_them() {
+        let name = |cgroup| collect(&cgroup).map(|any| any.type_url);
+        let here = Folder::new("/");
+        let v1 = Cgroup::V1([("memory".to_owned(), here.clone())].into());
+        assert_eq!(
+            name(v1).as_deref(),
+            Some("io.containerd.cgroups.v1.Metrics")
+        );
+        let v2 = Cgroup::V2(here);
+        assert_eq!(
+            name(v2).as_deref(),
+            Some("io.containerd.cgroups.v2.Metrics")
+        );
+        assert_eq!(name(Cgroup::V2(Folder::new("/proc/none"))), None);
+    }
+
+    #[tokio::test]
+    async fn a_container_without_a_cgroup_is_not_found() {
+        let error = Usage::default().metrics("web").await.unwrap_err();
+        assert!(matches!(&error, Error::NoCgroup(id) if id == "web"));
+    }
+}

@@ -1,0 +1,100 @@
+//! System calls that no safe wrapper covers.
+#![allow(unsafe_code, reason = "each block says why it is sound")]
+
+use std::{
+    io,
+    os::{
+        fd::{FromRawFd, OwnedFd, RawFd},
+        unix::{net::UnixListener, process::CommandExt},
+    },
+    process::Command,
+};
+
+use tokio::io::unix::AsyncFd;
+
+/// Makes `fd` descriptor `number` of the process that `command` starts, with no close-on-exec. `fd` has
+/// to stay open until the process has been started.
+pub(crate) fn pass_fd(command: &mut Command, fd: RawFd, number: RawFd) {
+    let pass = move || {
+        // SAFETY: dup2 and fcntl are async-signal-safe and touch no memory.
+        let done = unsafe {
+            if fd == number {
+                libc::fcntl(number, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(fd, number)
+            }
+        };
+        if done < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    };
+    // SAFETY: the closure only makes the two calls above; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(pass) };
+}
+
+/// Ends the process that `command` starts when this one ends, killed or not. To be used from the
+/// runtime's own thread: the kernel means the thread that forked.
+pub(crate) fn die_with_us(command: &mut Command) {
+    let ask = || {
+        // SAFETY: prctl with PR_SET_PDEATHSIG is async-signal-safe and touches no memory.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure only makes the call above; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(ask) };
+}
+
+/// Takes over the listener that [`pass_fd`] handed to this process.
+pub(crate) fn take_listener(number: RawFd) -> io::Result<UnixListener> {
+    // SAFETY: fcntl with F_SETFD changes no memory; a number that is no descriptor gives an error.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open (just checked), it was put there for us, and nothing else in here uses it.
+    let listener = unsafe { UnixListener::from_raw_fd(number) };
+    listener.local_addr().map(|_| listener)
+}
+
+/// Sends any signal, real-time ones included.
+pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: kill takes two numbers and touches no memory of ours.
+    if unsafe { libc::kill(pid, signal) } < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Registers a descriptor with the runtime.
+pub(crate) fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd stays the same open descriptor for as long as the AsyncFd owns it.
+    unsafe { AsyncFd::register(fd) }.map_err(Into::into)
+}
+
+/// Kills the children of a process, whichever of its threads made them.
+pub(crate) fn kill_children(pid: i32) {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return;
+    };
+    for thread in threads.flatten() {
+        let children = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        for child in children
+            .split_ascii_whitespace()
+            .filter_map(|text| text.parse().ok())
+        {
+            let _ = kill(child, libc::SIGKILL);
+        }
+    }
+}
+
+/// A duplicate numbered above everything that a child gets by number, so that placing one descriptor
+/// cannot overwrite another that is yet to be placed.
+pub(crate) fn out_of_the_way(fd: &OwnedFd, above: RawFd) -> io::Result<OwnedFd> {
+    let number = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(above))?;
+    // SAFETY: the kernel has just made it for us; nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}

@@ -1,0 +1,412 @@
+//! ttrpc ↔ our requests. Decides nothing.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+        CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+        PauseRequest, PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest,
+        StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse,
+        Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+    },
+    events::task::{TaskCheckpointed, TaskCreate, TaskDelete, TaskIO},
+    protobuf::MessageField,
+    shim_async::Task,
+    ttrpc::{self, r#async::TtrpcContext},
+};
+use tokio::sync::Notify;
+
+use crate::{
+    container::{Container, ExecRequest},
+    context::Shared,
+    criu::CheckpointRequest,
+    error::Error,
+    exits::{Exit, timestamp},
+    io::Streams,
+    lifecycle::State,
+    phases::create,
+};
+
+/// The task service of one shim.
+#[derive(Debug, Clone)]
+pub(crate) struct TaskService {
+    shared: Shared,
+    containers: Arc<Mutex<HashMap<String, Slot>>>,
+    pub(crate) shutdown: Arc<Notify>,
+    /// A shutdown that came while a create was under way.
+    shutdown_asked: Arc<AtomicBool>,
+}
+
+/// A name is taken from the beginning of its create.
+#[derive(Debug)]
+enum Slot {
+    Creating,
+    There(Arc<Container>),
+}
+
+impl TaskService {
+    pub(crate) fn new(shared: Shared) -> Self {
+        Self {
+            shared,
+            containers: Arc::default(),
+            shutdown: Arc::default(),
+            shutdown_asked: Arc::default(),
+        }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match self.containers().get(id) {
+            Some(Slot::There(container)) => Ok(Arc::clone(container)),
+            _ => Err(Error::NoContainer(id.to_owned())),
+        }
+    }
+
+    /// Creates a container and reports it, before anything else of it can be reported.
+    async fn create_container(
+        &self,
+        request: CreateTaskRequest,
+        mut event: TaskCreate,
+    ) -> Result<Arc<Container>, Error> {
+        let id = request.id.clone();
+        {
+            let mut containers = self.containers();
+            if containers.contains_key(&id) {
+                return Err(Error::Exists(format!("container {id}")));
+            }
+            containers.insert(id.clone(), Slot::Creating);
+        }
+        // In tasks of their own: a caller that gives up must not stop it half-way, and a panic must not
+        // keep the name.
+        let (this, name) = (self.clone(), id.clone());
+        let creating = tokio::spawn(async move {
+            let created = create::run(&this.shared, request).await?;
+            event.pid = created.pid().cast_unsigned();
+            this.shared.events.send(event);
+            Ok(Container::new(created))
+        });
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let this = self.clone();
+        tokio::spawn(async move {
+            let created = creating
+                .await
+                .unwrap_or_else(|_| Err(Error::DriverGone(name.clone())));
+            {
+                let mut containers = this.containers();
+                match &created {
+                    Ok(container) => {
+                        containers.insert(name.clone(), Slot::There(Arc::clone(container)))
+                    }
+                    Err(_) => containers.remove(&name),
+                };
+            }
+            if let Err(Ok(orphan)) = reply.send(created) {
+                this.end_orphan(&orphan).await;
+            }
+        });
+        answer.await.unwrap_or(Err(Error::DriverGone(id)))
+    }
+
+    /// Ends a container whose creator has given up: containerd has cleaned up after it already.
+    async fn end_orphan(&self, orphan: &Arc<Container>) {
+        let id = orphan.fixed.id.clone();
+        tracing::warn!(
+            id,
+            "the caller of its create is gone; the container is ended"
+        );
+        if orphan
+            .kill(libc::SIGKILL.cast_unsigned(), false)
+            .await
+            .is_ok()
+        {
+            orphan.wait().await;
+        }
+        if let Err(error) = orphan.delete().await {
+            tracing::warn!(id, %error, "deleting it");
+        }
+        self.containers().remove(&id);
+        if self.shutdown_asked.load(Ordering::Relaxed) && self.containers().is_empty() {
+            self.shutdown.notify_one();
+        }
+    }
+}
+
+fn streams(stdin: String, stdout: String, stderr: String, terminal: bool) -> Streams {
+    Streams {
+        stdin,
+        stdout,
+        stderr,
+        terminal,
+    }
+}
+
+/// 16 bits are what a terminal's size has.
+fn clamp(size: u32) -> u16 {
+    u16::try_from(size).unwrap_or(u16::MAX)
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let mut event = TaskCreate::new();
+        event.container_id.clone_from(&request.id);
+        event.bundle.clone_from(&request.bundle);
+        event.rootfs.clone_from(&request.rootfs);
+        event.checkpoint.clone_from(&request.checkpoint);
+        let mut io = TaskIO::new();
+        io.stdin.clone_from(&request.stdin);
+        io.stdout.clone_from(&request.stdout);
+        io.stderr.clone_from(&request.stderr);
+        io.terminal = request.terminal;
+        event.io = MessageField::some(io);
+
+        let container = self.create_container(request, event).await?;
+        Ok(CreateTaskResponse {
+            pid: container.view().pid.cast_unsigned(),
+            ..CreateTaskResponse::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let container = self.container(&request.id)?;
+        let pid = if request.exec_id.is_empty() {
+            container.start().await?
+        } else {
+            container.start_exec(&request.exec_id).await?
+        };
+        Ok(StartResponse {
+            pid: pid.cast_unsigned(),
+            ..StartResponse::default()
+        })
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteRequest,
+    ) -> ttrpc::Result<DeleteResponse> {
+        let container = self.container(&request.id)?;
+        let (pid, exit) = if request.exec_id.is_empty() {
+            let (view, exit) = container.delete().await?;
+            self.containers().remove(&request.id);
+            let mut event = TaskDelete::new();
+            event.container_id.clone_from(&request.id);
+            event.pid = view.pid.cast_unsigned();
+            event.exit_status = exit.status;
+            event.exited_at = timestamp(exit.at);
+            self.shared.events.send(event);
+            (view.pid, exit)
+        } else {
+            container.delete_exec(&request.exec_id).await?
+        };
+        Ok(DeleteResponse {
+            pid: pid.cast_unsigned(),
+            exit_status: exit.status,
+            exited_at: timestamp(exit.at),
+            ..DeleteResponse::default()
+        })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        container.add_exec(ExecRequest {
+            id: request.exec_id,
+            process: request
+                .spec
+                .into_option()
+                .map(|any| any.value)
+                .unwrap_or_default(),
+            streams: streams(
+                request.stdin,
+                request.stdout,
+                request.stderr,
+                request.terminal,
+            ),
+        })?;
+        Ok(Empty::new())
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let container = self.container(&request.id)?;
+        let mut response = StateResponse::new();
+        response.bundle = container.fixed.bundle.display().to_string();
+        let (status, pid, streams, exit) = if request.exec_id.is_empty() {
+            response.id.clone_from(&request.id);
+            let view = container.view();
+            let exit = match view.state {
+                State::Stopped(exit) => Some(exit),
+                _ => None,
+            };
+            (view.state.status(), view.pid, container.streams(), exit)
+        } else {
+            let exec = container.exec(&request.exec_id)?;
+            response.id.clone_from(&request.exec_id);
+            let (status, exit) = exec.status();
+            (status, exec.view().pid, exec.streams().clone(), exit)
+        };
+        response.status = status.into();
+        response.pid = pid.cast_unsigned();
+        response.stdin = streams.stdin;
+        response.stdout = streams.stdout;
+        response.stderr = streams.stderr;
+        response.terminal = streams.terminal;
+        if let Some(Exit { status, at }) = exit {
+            response.exit_status = status;
+            response.exited_at = timestamp(at);
+        }
+        Ok(response)
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let container = self.container(&request.id)?;
+        let exit = if request.exec_id.is_empty() {
+            container.wait().await
+        } else {
+            container.exec(&request.exec_id)?.wait().await
+        };
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: timestamp(exit.at),
+            ..WaitResponse::default()
+        })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        if request.exec_id.is_empty() {
+            container.kill(request.signal, request.all).await?;
+        } else {
+            container.exec(&request.exec_id)?.kill(request.signal)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let processes = self.container(&request.id)?.pids().await?;
+        Ok(PidsResponse {
+            processes,
+            ..PidsResponse::default()
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.container(&request.id)?.pause().await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.container(&request.id)?.resume().await?;
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        request: CheckpointTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let checkpoint = CheckpointRequest::parse(&request.path, request.options.as_ref())?;
+        container.checkpoint(checkpoint).await?;
+        let mut event = TaskCheckpointed::new();
+        event.container_id = request.id;
+        event.checkpoint = request.path;
+        self.shared.events.send(event);
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let resources = request
+            .resources
+            .into_option()
+            .map(|any| any.value)
+            .unwrap_or_default();
+        self.container(&request.id)?.update(resources).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let (width, height) = (clamp(request.width), clamp(request.height));
+        if request.exec_id.is_empty() {
+            container.resize(width, height)?;
+        } else {
+            container.exec(&request.exec_id)?.resize(width, height)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        if request.exec_id.is_empty() {
+            container.close_stdin();
+        } else {
+            container.exec(&request.exec_id)?.close_stdin();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let container = self.container(&request.id)?;
+        let stats = container.usage.metrics(&request.id).await?;
+        Ok(StatsResponse {
+            stats: MessageField::some(stats),
+            ..StatsResponse::default()
+        })
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectRequest,
+    ) -> ttrpc::Result<ConnectResponse> {
+        let task_pid = self
+            .container(&request.id)
+            .map_or(0, |container| container.view().pid.cast_unsigned());
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid,
+            ..ConnectResponse::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.shutdown_asked.store(true, Ordering::Relaxed);
+        // Only when the last container of the pod is gone.
+        if self.containers().is_empty() {
+            self.shutdown.notify_one();
+        }
+        Ok(Empty::new())
+    }
+}
+
+impl crate::container::Exec {
+    fn status(&self) -> (Status, Option<Exit>) {
+        use crate::container::ExecState as S;
+        match self.view().state {
+            S::Created | S::Starting => (Status::CREATED, None),
+            S::Running => (Status::RUNNING, None),
+            S::Stopped(exit) => (Status::STOPPED, Some(exit)),
+        }
+    }
+}
