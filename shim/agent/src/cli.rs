@@ -1,0 +1,51 @@
+//! What was typed. Nothing here is resolved or checked beyond its own syntax.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use crate::{commands, exit};
+
+/// Warm data and warm starts for containers, on containerd.
+#[derive(Debug, Parser)]
+#[command(
+    name = "rekindle",
+    version,
+    about,
+    after_help = exit::TABLE,
+    disable_help_subcommand = true,
+    propagate_version = false,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    /// Read the node's configuration from FILE instead of /etc/rekindle/config.toml.
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        help_heading = "Global options"
+    )]
+    pub(crate) config: Option<PathBuf>,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a named image of a running container.
+    Checkpoint(commands::checkpoint::CheckpointArgs),
+    /// List, show, verify and remove images.
+    Image(commands::image::ImageArgs),
+    /// Fetch a dataset into this node's cache, and wait until it is there.
+    Prefetch(commands::prefetch::PrefetchArgs),
+    /// List, verify and remove this node's datasets.
+    Dataset(commands::dataset::DatasetArgs),
+    /// Check this node and print its resolved configuration.
+    Doctor(commands::doctor::DoctorArgs),
+    /// Print a completion script for a shell.
+    Completion(commands::completion::CompletionArgs),
+    /// For the shim, which links no network client: a container's image as JSON.
+    #[command(hide = true)]
+    ContainerImage(commands::container_image::ContainerImageArgs),
+}

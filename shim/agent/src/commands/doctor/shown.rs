@@ -1,0 +1,112 @@
+//! The resolved configuration, written as the file that would make it.
+
+use std::{path::Path, time::Duration};
+
+use rekindle_core::config::{Export, NodeConfig, Paging, Source};
+use serde::Serialize;
+
+#[derive(Debug, Serialize)]
+pub(super) struct Shown<'a> {
+    restore: Restore,
+    deadlines: Deadlines,
+    images: Images<'a>,
+    datasets: Datasets<'a>,
+}
+
+#[derive(Debug, Serialize)]
+struct Restore {
+    paging: Paging,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Deadlines {
+    sandbox_data: String,
+    container: String,
+    checkpoint: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Images<'a> {
+    root: &'a Path,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    export: &'a [Export],
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Datasets<'a> {
+    root: &'a Path,
+    concurrency: usize,
+    part_size_mib: u64,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    source: &'a [Source],
+}
+
+impl<'a> From<&'a NodeConfig> for Shown<'a> {
+    fn from(config: &'a NodeConfig) -> Self {
+        Self {
+            restore: Restore {
+                paging: config.restore.paging,
+            },
+            deadlines: Deadlines {
+                sandbox_data: duration(config.deadlines.sandbox_data),
+                container: duration(config.deadlines.container),
+                checkpoint: duration(config.deadlines.checkpoint),
+            },
+            images: Images {
+                root: &config.images.root,
+                export: &config.images.exports,
+            },
+            datasets: Datasets {
+                root: &config.datasets.root,
+                concurrency: config.datasets.concurrency,
+                part_size_mib: config.datasets.part_size >> 20,
+                source: &config.datasets.sources,
+            },
+        }
+    }
+}
+
+fn duration(of: Duration) -> String {
+    if of.subsec_millis() == 0 {
+        format!("{}s", of.as_secs())
+    } else {
+        format!("{}ms", of.as_millis())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_is_a_configuration_that_resolves_to_the_same() {
+        const EVERY_KEY: &str = r#"
+            [restore]
+            paging = "eager"
+            [deadlines]
+            sandbox-data = "3m"
+            container = "80s"
+            checkpoint = "1m500ms"
+            [images]
+            root = "/srv/images"
+            export = [{ namespace = "team-a", name = "warm", to = ["team-b"] }]
+            [datasets]
+            root = "/srv/datasets"
+            concurrency = 4
+            part-size-mib = 16
+            [[datasets.source]]
+            allow = "s3://models/"
+            namespaces = ["*"]
+            endpoint = "https://s3.example.com"
+            path-style = true
+            minimum-verification = "store-checksum"
+        "#;
+        for text in ["", EVERY_KEY] {
+            let config = NodeConfig::parse("", text).unwrap();
+            let shown = toml::to_string(&Shown::from(&config)).unwrap();
+            assert_eq!(NodeConfig::parse("", &shown).unwrap(), config, "{shown}");
+        }
+    }
+}

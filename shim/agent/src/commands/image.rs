@@ -1,0 +1,446 @@
+//! `rekindle image`: what images are on this node.
+
+use std::{
+    io::{IsTerminal as _, stderr},
+    process::ExitCode,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use clap::Subcommand;
+use indicatif::{ProgressBar, ProgressStyle};
+use rekindle_checkpoint::{
+    ImageError, ImageStore, Manifest, SealedImage, image::Listed, manifest::FileEntry,
+};
+use rekindle_core::{
+    config::NodeConfig,
+    name::{ImageRef, Namespace},
+};
+use serde_json::json;
+
+use crate::{
+    exit::Failure,
+    output::{self, Paint},
+};
+
+/// Digits of a digest that are shown, and enough to tell two apart.
+const SHORT: usize = 12;
+
+const EXAMPLES: &str = "\
+Examples:
+  rekindle image ls
+  rekindle image ls -n team-a --json
+  rekindle image show team-a/warm
+  rekindle image verify team-a/warm@3
+  rekindle image rm team-a/warm@1
+
+An image is named [NAMESPACE/]NAME[@GENERATION]. Without a generation, show and verify mean the newest,
+and rm means all of them. Without a namespace all are searched, and the name must be in one only.
+
+Exit codes: 0 done, 1 failed or damaged, 2 wrong usage, 3 refused (in use), 4 no such image.";
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct ImageArgs {
+    #[command(subcommand)]
+    command: ImageCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ImageCommand {
+    /// List this node's images.
+    Ls {
+        /// Those of this namespace only.
+        #[arg(short, long, value_name = "NS")]
+        namespace: Option<Namespace>,
+        /// Print one JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what an image is: where it came from, what it needs, what is in it.
+    Show {
+        #[command(flatten)]
+        which: Which,
+        /// Print the manifest as one line of JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Read every byte of images again and compare it with their manifests.
+    Verify {
+        /// The images [default: all].
+        #[arg(value_name = "IMAGE")]
+        images: Vec<ImageRef>,
+        /// Look in this namespace.
+        #[arg(short, long, value_name = "NS")]
+        namespace: Option<Namespace>,
+    },
+    /// Remove an image: one generation, or all.
+    Rm {
+        #[command(flatten)]
+        which: Which,
+        /// Also while a container is being restored from it. One that still loads its memory keeps the
+        /// bytes until it has them.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Which {
+    /// The image: [NAMESPACE/]NAME[@GENERATION].
+    image: ImageRef,
+    /// Look in this namespace.
+    #[arg(short, long, value_name = "NS")]
+    namespace: Option<Namespace>,
+}
+
+pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<ExitCode> {
+    let store = ImageStore::open(&config.images.root)?;
+    // Reads whole images, and blocks; nothing else runs in this process.
+    tokio::task::block_in_place(|| match args.command {
+        ImageCommand::Ls { namespace, json } => ls(&store, namespace.as_ref(), json),
+        ImageCommand::Show { which, json } => show(&store, &which, json),
+        ImageCommand::Verify { images, namespace } => verify(&store, &images, namespace.as_ref()),
+        ImageCommand::Rm { which, force } => rm(&store, &which, force),
+    })
+}
+
+fn ls(store: &ImageStore, namespace: Option<&Namespace>, json: bool) -> anyhow::Result<ExitCode> {
+    let found = store.list(namespace)?;
+    if json {
+        let rows: Vec<_> = found.iter().map(row).collect();
+        output::json(&rows)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if found.is_empty() {
+        output::line("no images on this node (`rekindle checkpoint` makes one)");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let titles = [
+        "NAMESPACE",
+        "NAME",
+        "GEN",
+        "SIZE",
+        "PROCESSES",
+        "FROM",
+        "AGE",
+        "STATE",
+    ];
+    let mut table = vec![titles.map(str::to_owned)];
+    table.extend(found.iter().map(cells));
+    for row in &table {
+        let mut text = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            let width = table.iter().map(|row| row[column].chars().count()).max();
+            text.push_str(&format!("{cell:<width$}  ", width = width.unwrap_or(0)));
+        }
+        output::line(text.trim_end());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn cells(found: &Listed) -> [String; 8] {
+    let state = match (&found.manifest, found.in_use) {
+        (Err(_), _) => "refused",
+        (Ok(_), true) => "in use",
+        (Ok(_), false) => "",
+    };
+    let manifest = found.manifest.as_ref().ok();
+    let say = |say: fn(&Manifest) -> String| manifest.map_or_else(|| "?".to_owned(), say);
+    [
+        found.namespace.to_string(),
+        found.name.to_string(),
+        found.generation.to_string(),
+        say(|manifest| output::bytes(manifest.total_bytes())),
+        say(|manifest| manifest.facts.processes.len().to_string()),
+        say(origin),
+        say(|manifest| age(manifest.created)),
+        state.to_owned(),
+    ]
+}
+
+fn row(found: &Listed) -> serde_json::Value {
+    let manifest = found.manifest.as_ref();
+    json!({
+        "namespace": found.namespace,
+        "name": found.name,
+        "generation": found.generation,
+        "in_use": found.in_use,
+        "bytes": manifest.ok().map(Manifest::total_bytes),
+        "created": manifest.ok().map(|manifest| manifest.created),
+        "source": manifest.ok().map(|manifest| &manifest.facts.source),
+        "refused": manifest.err().map(ToString::to_string),
+    })
+}
+
+fn show(store: &ImageStore, which: &Which, json: bool) -> anyhow::Result<ExitCode> {
+    let (namespace, _) = locate(store, &which.image, which.namespace.as_ref())?;
+    let image = store.resolve(&namespace, &which.image.name, which.image.generation);
+    let image = image.map_err(failure)?;
+    if json {
+        output::json(image.manifest())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    describe(&image);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(image: &SealedImage) {
+    let manifest = image.manifest();
+    let facts = &manifest.facts;
+    let (host, security) = (&facts.host, &facts.container.security);
+    let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
+    let list = |items: Vec<String>| match items.len() {
+        0 => "none".to_owned(),
+        _ => items.join(" "),
+    };
+    let seccomp = security
+        .seccomp
+        .as_deref()
+        .map(|digest| cut(digest).to_owned());
+    let digest = or_none(&facts.source.image_digest);
+    for (title, text) in [
+        ("image", image.reference()),
+        ("made", format!("{} ago", age(manifest.created))),
+        ("size", output::bytes(manifest.total_bytes())),
+        ("container", facts.source.container.clone()),
+        ("pod", or_none(&facts.source.pod)),
+        ("container image", or_none(&facts.source.image_ref)),
+        ("its digest", digest),
+        (
+            "host",
+            format!("{}, {} {}", host.arch, host.cpu_vendor, host.cpu_model),
+        ),
+        ("kernel", host.kernel.clone()),
+        ("made by", format!("CRIU {}, runc {}", host.criu, host.runc)),
+        ("dumped with", list(dump_flags(image))),
+        ("user", format!("{}:{}", security.uid, security.gid)),
+        (
+            "capabilities",
+            list(security.capabilities.bounding.iter().cloned().collect()),
+        ),
+        ("seccomp", or_none(&seccomp)),
+        ("no new privileges", security.no_new_privileges.to_string()),
+        ("AppArmor", or_none(&security.apparmor)),
+        ("SELinux", or_none(&security.selinux)),
+        (
+            "mounts",
+            list(facts.container.mounts.iter().cloned().collect()),
+        ),
+        ("terminal", facts.container.terminal.to_string()),
+    ] {
+        line(title, &text);
+    }
+    for process in &facts.processes {
+        let rss = output::bytes(process.rss);
+        line(
+            "process",
+            &format!("{:>6}  {rss:>10}  {}", process.pid, process.comm),
+        );
+    }
+    let mut largest: Vec<&FileEntry> = manifest.files.iter().collect();
+    largest.sort_by_key(|file| std::cmp::Reverse(file.size));
+    // The rest are CRIU's small ones, and --json has them all.
+    for file in largest.iter().take(8) {
+        let size = output::bytes(file.size);
+        line(
+            "file",
+            &format!("{size:>10}  {}  {}", file.crc64, file.path),
+        );
+    }
+    if largest.len() > 8 {
+        line("", &format!("and {} smaller files", largest.len() - 8));
+    }
+}
+
+/// One line of a description. What a container chose (its names, labels) must not reach the terminal as
+/// control characters.
+fn line(title: &str, text: &str) {
+    let text: String = text
+        .chars()
+        .flat_map(|c| {
+            if c.is_control() {
+                c.escape_default().collect()
+            } else {
+                vec![c]
+            }
+        })
+        .collect();
+    output::line(format!("{title:<18} {text}").trim_end());
+}
+
+fn dump_flags(image: &SealedImage) -> Vec<String> {
+    let dump = &image.manifest().facts.dump;
+    [
+        (dump.open_tcp, "tcp-established"),
+        (dump.external_unix_sockets, "ext-unix-sk"),
+        (dump.terminal, "shell-job"),
+        (dump.file_locks, "file-locks"),
+        (dump.link_remap, "link-remap"),
+        (dump.lazy, "lazy-pages"),
+    ]
+    .into_iter()
+    .filter(|(set, _)| *set)
+    .map(|(_, name)| name.to_owned())
+    .collect()
+}
+
+fn verify(
+    store: &ImageStore,
+    images: &[ImageRef],
+    namespace: Option<&Namespace>,
+) -> anyhow::Result<ExitCode> {
+    let mut wanted = Vec::new();
+    for image in images {
+        let (namespace, generation) = locate(store, image, namespace)?;
+        wanted.push((namespace, image.name.clone(), generation));
+    }
+    if images.is_empty() {
+        let all = store.list(namespace)?.into_iter();
+        wanted.extend(all.map(|found| (found.namespace, found.name, found.generation)));
+    }
+    if wanted.is_empty() {
+        output::line("no images on this node");
+    }
+    let paint = Paint::for_stdout();
+    let mut sound = true;
+    for (namespace, name, generation) in wanted {
+        let checked = store
+            .resolve(&namespace, &name, Some(generation))
+            .and_then(check);
+        match checked {
+            Ok(sentence) => output::line(format!("{sentence}: {}", paint.green("sound"))),
+            Err(error) => {
+                sound = false;
+                let error = anyhow::Error::from(error);
+                output::line(format!(
+                    "{namespace}/{name}@{generation}: {} {error:#}",
+                    paint.red("unsound:")
+                ));
+            }
+        }
+    }
+    Ok(if sound {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Verifies one image, with a bar on a terminal, and says which it was.
+fn check(image: SealedImage) -> Result<String, ImageError> {
+    let (reference, bytes) = (image.reference(), image.manifest().total_bytes());
+    let done = AtomicU64::new(0);
+    let bar = bar(&reference, bytes);
+    let result = std::thread::scope(|scope| {
+        let checking = scope.spawn(|| image.verify_counting(&done));
+        while !checking.is_finished() {
+            bar.set_position(done.load(Ordering::Relaxed));
+            // The bar is drawn this often; `unpark` is not needed, for nobody waits for less.
+            std::thread::park_timeout(Duration::from_millis(50));
+        }
+        checking.join()
+    });
+    bar.finish_and_clear();
+    match result {
+        Ok(checked) => checked.map(|_| format!("{reference}  {}", output::bytes(bytes))),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn bar(reference: &str, bytes: u64) -> ProgressBar {
+    if !stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(bytes);
+    let template = "{spinner} {prefix}  {wide_bar} {bytes}/{total_bytes}  {bytes_per_sec}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_prefix(reference.to_owned());
+    bar
+}
+
+fn rm(store: &ImageStore, which: &Which, force: bool) -> anyhow::Result<ExitCode> {
+    let (namespace, _) = locate(store, &which.image, which.namespace.as_ref())?;
+    let (name, generation) = (&which.image.name, which.image.generation);
+    let removed = store
+        .remove(&namespace, name, generation, force)
+        .map_err(failure)?;
+    for generation in removed {
+        output::line(format!("removed {namespace}/{name}@{generation}"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The namespace of an image that was named, and its generation, the newest where none was named.
+fn locate(
+    store: &ImageStore,
+    image: &ImageRef,
+    namespace: Option<&Namespace>,
+) -> anyhow::Result<(Namespace, u64)> {
+    let namespace = match (image.namespace.as_ref(), namespace) {
+        (Some(a), Some(b)) if a != b => {
+            let reason = format!("image {image}: it names namespace {a}, and --namespace is {b}");
+            return Err(Failure::Refused(reason).into());
+        }
+        (a, b) => a.or(b),
+    };
+    let fits = |found: &Listed| {
+        found.name == image.name
+            && image
+                .generation
+                .is_none_or(|wanted| wanted == found.generation)
+    };
+    let found: Vec<Listed> = store.list(namespace)?.into_iter().filter(fits).collect();
+    let Some(newest) = found.last() else {
+        return Err(failure(ImageError::Unknown(image.to_string())));
+    };
+    if let Some(other) = found
+        .iter()
+        .find(|other| other.namespace != newest.namespace)
+    {
+        let reason = format!(
+            "image {image} is in several namespaces ({}, {}): name one with -n",
+            other.namespace, newest.namespace
+        );
+        return Err(Failure::Refused(reason).into());
+    }
+    Ok((newest.namespace.clone(), newest.generation))
+}
+
+fn failure(error: ImageError) -> anyhow::Error {
+    match error {
+        ImageError::Unknown(_) => Failure::NotFound(error.to_string()).into(),
+        ImageError::InUse(_) => Failure::Refused(error.to_string()).into(),
+        error => error.into(),
+    }
+}
+
+/// The container image that the container ran, or the container where that is not known.
+fn origin(manifest: &Manifest) -> String {
+    let source = &manifest.facts.source;
+    let text = source.image_ref.as_ref().unwrap_or(&source.container);
+    // A reference by digest is longer than a screen is wide.
+    let text = text
+        .split_once("@sha256:")
+        .map_or(text.as_str(), |(name, _)| name);
+    text.chars().filter(|c| !c.is_control()).take(48).collect()
+}
+
+fn cut(digest: &str) -> &str {
+    digest.get(..SHORT).unwrap_or(digest)
+}
+
+fn age(created: u64) -> String {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let seconds = now.as_secs().saturating_sub(created);
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m", seconds / 60),
+        3600..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}

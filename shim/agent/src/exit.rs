@@ -1,0 +1,62 @@
+//! The one place where errors become exit codes.
+
+use std::{error::Error, process::ExitCode};
+
+use rekindle_checkpoint::ImageError;
+
+/// Shown below `--help`; `docs/CONFIGURATION.md` has the same table.
+pub(crate) const TABLE: &str = "\
+Exit codes:
+  0  done
+  1  failed; the reason is on stderr
+  2  wrong usage
+  3  refused: what was asked for is not allowed or not possible in this state
+  4  not found
+ 75  prefetch: not this time; the same command may succeed later";
+
+/// An error whose kind matters to the caller's script. Everything else exits with 1.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// Not allowed, or not possible in the state things are in.
+    #[error("{0}")]
+    Refused(String),
+    /// Nothing of that name.
+    #[error("{0}")]
+    NotFound(String),
+}
+
+impl Failure {
+    fn code(&self) -> u8 {
+        match self {
+            Self::Refused(_) => 3,
+            Self::NotFound(_) => 4,
+        }
+    }
+}
+
+/// The code of one error of a chain, where its kind matters.
+fn of(error: &(dyn Error + 'static)) -> Option<u8> {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        return Some(failure.code());
+    }
+    match error.downcast_ref::<ImageError>()? {
+        ImageError::Unknown(_) => Some(4),
+        ImageError::InUse(_)
+        | ImageError::Damaged { .. }
+        | ImageError::Manifest { .. }
+        | ImageError::Criu { .. }
+        | ImageError::Misplaced { .. } => Some(3),
+        _ => None,
+    }
+}
+
+/// Prints the error, if there is one, and says how to exit.
+pub(crate) fn code(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        crate::output::error(&error);
+        error
+            .chain()
+            .find_map(of)
+            .map_or(ExitCode::FAILURE, ExitCode::from)
+    })
+}

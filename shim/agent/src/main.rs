@@ -1,0 +1,29 @@
+//! `rekindle`: what a person types, and what the shim starts when it needs a network.
+//!
+//! Two steps, as everywhere here: [`cli`] is what was typed; a command resolves it into what it needs
+//! and never looks at it again.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod commands;
+mod config;
+mod containerd;
+mod exit;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    exit::code(run(cli))
+}
+
+fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
+    output::log_to_stderr();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(commands::run(cli))
+}

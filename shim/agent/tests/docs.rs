@@ -1,0 +1,215 @@
+//! The documentation's examples are read by the code that they are about.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use rekindle_core::{
+    annotations::{AnnotationError, KUBE_CACHE_DATASET, PREFIX, PodRequest},
+    config::NodeConfig,
+};
+
+fn doc(name: &str) -> String {
+    let path = format!("{}/../../docs/{name}", env!("CARGO_MANIFEST_DIR"));
+    fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// The fenced blocks of a language.
+fn blocks(text: &str, language: &str) -> Vec<String> {
+    let mut blocks = Vec::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if line == format!("```{language}") {
+            let block: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
+            blocks.push(block.join("\n") + "\n");
+        }
+    }
+    blocks
+}
+
+#[test]
+fn every_example_of_the_configuration_is_accepted() {
+    let text = doc("CONFIGURATION.md");
+    let blocks = blocks(&text, "toml");
+    assert!(blocks.len() >= 5);
+    for block in &blocks {
+        NodeConfig::parse("CONFIGURATION.md", block).unwrap_or_else(|e| panic!("{e}\n{block}"));
+    }
+    let defaults = NodeConfig::parse("CONFIGURATION.md", &blocks[0]).unwrap();
+    assert_eq!(
+        defaults,
+        NodeConfig::default(),
+        "the first block claims to be all defaults"
+    );
+}
+
+/// The first cells of a document's tables that name a key, in the section that starts with `heading`.
+fn documented(text: &str, heading: &str) -> Vec<String> {
+    text.split("\n## ")
+        .find_map(|section| section.strip_prefix(heading))
+        .unwrap_or_else(|| panic!("no section {heading}"))
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once('`'))
+        .map(|(key, _)| key.to_owned())
+        .collect()
+}
+
+#[test]
+fn every_key_of_the_configuration_is_documented_and_no_other() {
+    let text = doc("CONFIGURATION.md");
+    for (heading, table) in [
+        ("`[datasets]`", "[datasets]"),
+        ("`[[datasets.source]]`", "[[datasets.source]]"),
+        ("`[images]`", "[images]"),
+        ("`[[images.export]]`", "[[images.export]]"),
+        ("`[restore]`", "[restore]"),
+        ("`[deadlines]`", "[deadlines]"),
+    ] {
+        // serde lists the keys there are when it meets one that there is not.
+        let error = NodeConfig::parse("", &format!("{table}\nno-such-key = 1\n")).unwrap_err();
+        let error = error.to_string();
+        let (_, expected) = error
+            .split_once("expected")
+            .unwrap_or_else(|| panic!("{error}"));
+        let mut allowed: Vec<String> = expected
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .map(str::to_owned)
+            .collect();
+        // Arrays of tables have a section of their own.
+        allowed.retain(|key| key != "source" && key != "export");
+        let mut keys = documented(&text, heading);
+        keys.sort();
+        allowed.sort();
+        assert_eq!(keys, allowed, "{table}");
+    }
+}
+
+#[test]
+fn every_annotation_is_documented_and_no_other() {
+    let text = doc("ANNOTATIONS.md");
+    let documented: Vec<String> = text
+        .split('`')
+        .filter_map(|span| span.strip_prefix(PREFIX))
+        .filter(|key| !key.is_empty())
+        .map(str::to_owned)
+        .collect();
+    let parse = |key: &str| {
+        PodRequest::parse(&BTreeMap::from([(
+            format!("{PREFIX}{key}"),
+            "?".to_owned(),
+        )]))
+    };
+    let Err(AnnotationError::UnknownKey { allowed, .. }) = parse("no-such-key") else {
+        panic!("an unknown key is refused");
+    };
+    for key in allowed.split(", ") {
+        assert!(
+            documented.iter().any(|known| known == key),
+            "{PREFIX}{key} is not documented"
+        );
+    }
+    let not_built = text.split("## Not in this build").nth(1).unwrap();
+    for key in documented {
+        match parse(&key) {
+            Err(AnnotationError::UnknownKey { .. }) => panic!("{PREFIX}{key} does not exist"),
+            Err(AnnotationError::NotBuilt(key)) => assert!(not_built.contains(&key), "{key}"),
+            _ => assert!(!not_built.contains(&format!("`{PREFIX}{key}`")), "{key}"),
+        }
+    }
+    assert!(text.contains(KUBE_CACHE_DATASET));
+}
+
+#[test]
+fn every_example_of_an_annotation_is_accepted() {
+    let annotations = doc("ANNOTATIONS.md");
+    let pod = format!(
+        "{}/../../runtimeclass/manifests/example-pod.yaml",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let mut examples = blocks(&annotations, "yaml");
+    assert!(examples.len() >= 3);
+    examples.push(fs::read_to_string(pod).unwrap());
+    for example in examples {
+        let value: serde_yaml_ng::Value = serde_yaml_ng::from_str(&example).unwrap();
+        let map: BTreeMap<String, String> =
+            serde_yaml_ng::from_value(value["metadata"]["annotations"].clone()).unwrap();
+        let request = PodRequest::parse(&map).unwrap_or_else(|e| panic!("{e}\n{example}"));
+        assert_ne!(request, PodRequest::default(), "{example}");
+    }
+}
+
+/// All Rust source of the programs and their libraries.
+fn sources() -> String {
+    fn collect(folder: &Path, into: &mut String) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, into);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                into.push_str(&fs::read_to_string(&path).unwrap());
+            }
+        }
+    }
+    let mut text = String::new();
+    for folder in ["shim", "hooks"] {
+        collect(&root().join(folder), &mut text);
+    }
+    text
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+#[test]
+fn every_sentence_of_the_troubleshooting_is_the_codes() {
+    let sources = sources();
+    let text = doc("TROUBLESHOOTING.md");
+    let sentences: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("### `")?.strip_suffix('`'))
+        .collect();
+    assert!(sentences.len() >= 20);
+    for sentence in sentences {
+        for piece in sentence
+            .split('…')
+            .map(str::trim)
+            .filter(|piece| piece.len() > 3)
+        {
+            assert!(
+                sources.contains(piece),
+                "no error says {piece:?} (of {sentence:?})"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_test_that_the_semantics_names_exists() {
+    let text = doc("SEMANTICS.md");
+    let mut named = 0;
+    for pointer in text.split('`').filter(|span| span.contains(".rs::")) {
+        let (file, test) = pointer.split_once("::").unwrap();
+        let source =
+            fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+        let defined = source.contains(&format!("fn {test}("))
+            || source.contains(&format!("macro_rules! {test}"));
+        assert!(defined, "{pointer}");
+        named += 1;
+    }
+    assert!(named >= 15);
+    let promises = text.lines().filter(|line| {
+        line.split_once(". ")
+            .is_some_and(|(n, _)| n.parse::<u32>().is_ok())
+    });
+    assert_eq!(
+        promises.count(),
+        text.matches("Test: ").count() - 1,
+        "each promise names its test, or says none yet"
+    );
+}

@@ -1,0 +1,426 @@
+//! One throwaway node: started, asked, restarted, gone.
+//!
+//! ```text
+//! test process ──pipe──▶ keeper.sh (own mounts, own network)       cleans up when the pipe ends
+//!                           └─▶ init.sh (own pids, cgroup, root)   dies with the keeper
+//!                                  └─▶ containerd ─▶ shims ─▶ containers
+//! ```
+
+mod config;
+mod leftovers;
+mod seed;
+
+use crate::{Image, container, events::Events, poll, root, root::Suite};
+use anyhow::{Context, Result, bail, ensure};
+use containerd_client::Client;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
+
+/// The containerd namespace of everything that does not come through CRI.
+pub const NAMESPACE: &str = "default";
+/// CRI's own.
+pub const CRI_NAMESPACE: &str = "k8s.io";
+
+/// Which shim answers to `io.containerd.runc.v2` on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// The one that containerd ships.
+    Go,
+    /// The one under test.
+    Rekindle,
+}
+
+/// What a node is made of.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// The shim behind `io.containerd.runc.v2`.
+    pub runtime: Runtime,
+    /// The release the root is made of.
+    pub suite: Suite,
+    /// `/etc/rekindle/config.toml`, where a test needs one.
+    pub rekindle_toml: Option<String>,
+    /// Whether containerd and the shims log at debug.
+    pub debug: bool,
+    /// The state containerd starts with: [`NodeConfig::with_image`].
+    seed: Option<PathBuf>,
+}
+
+impl NodeConfig {
+    /// A node with `runtime`, of the release that `NODE_SUITE` names.
+    pub fn new(runtime: Runtime) -> Result<NodeConfig> {
+        Ok(NodeConfig {
+            runtime,
+            suite: Suite::from_env()?,
+            rekindle_toml: None,
+            debug: false,
+            seed: None,
+        })
+    }
+}
+
+/// A running node. Dropped, it is gone with all that ran on it.
+#[derive(Debug)]
+pub struct Node {
+    dir: PathBuf,
+    _claim: leftovers::Claim,
+    pid: u32,
+    runtime: Runtime,
+    suite: Suite,
+    keeper: Child,
+    pipe: Option<ChildStdin>,
+}
+
+impl Node {
+    /// Makes a node and waits until its containerd answers.
+    pub async fn start(config: NodeConfig) -> Result<Node> {
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "a node is made of namespaces and mounts, which needs root: run `sudo make test`"
+        );
+        let root = root::node(config.suite)?;
+        let (claim, log) = leftovers::sweep_then_claim()?;
+        let dir = claim.dir.clone();
+        for sub in [
+            "upper/etc/containerd",
+            "upper/etc/cni/net.d",
+            "upper/etc/rekindle",
+            "work",
+            "root",
+            "containerd",
+        ] {
+            fs::create_dir_all(dir.join(sub))?;
+        }
+        for sub in ["rekindle", "opt/bin", "opt/shadow", "images"] {
+            fs::create_dir_all(dir.join(sub))?;
+        }
+        fs::write(dir.join("keeper.sh"), include_str!("node/keeper.sh"))?;
+        fs::write(dir.join("init.sh"), include_str!("node/init.sh"))?;
+        fs::write(
+            dir.join("upper/etc/containerd/config.toml"),
+            config::containerd(config.suite, config.debug),
+        )?;
+        fs::write(
+            dir.join("upper/etc/cni/net.d/10-rekindle.conflist"),
+            config::CNI,
+        )?;
+        if let Some(text) = &config.rekindle_toml {
+            fs::write(dir.join("upper/etc/rekindle/config.toml"), text)?;
+        }
+        let binds = match &config.seed {
+            Some(from) => seed::plant(from, &dir.join("containerd"))?,
+            None => Vec::new(),
+        };
+        let lines = binds
+            .iter()
+            .map(|(from, to)| format!("{}\t{}\n", from.display(), to.display()));
+        fs::write(dir.join("binds"), lines.collect::<String>())?;
+        let binaries = install_binaries(&dir.join("opt"), config.runtime)?;
+
+        let mut keeper = Command::new("unshare")
+            .args(["--mount", "--net", "--propagation", "private", "bash"])
+            .arg(dir.join("keeper.sh"))
+            .args([&dir, &root])
+            .env(
+                "NODE_PATH",
+                format!("{binaries}/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+            )
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            // Ctrl-C on a terminal goes to a process group; the keeper shall live until its work is done.
+            .process_group(0)
+            .spawn()
+            .context("starting the node's keeper with unshare (util-linux): run `make deps`")?;
+        let pipe = keeper.stdin.take();
+        let said = keeper.stdout.take().context("the keeper has no stdout")?;
+        let mut line = String::new();
+        BufReader::new(said).read_line(&mut line)?;
+        let Ok(pid) = line.trim().parse() else {
+            let log = fs::read_to_string(dir.join("keeper.log")).unwrap_or_default();
+            drop(pipe);
+            let _ = keeper.wait();
+            bail!(
+                "the node could not be set up in {}: {}",
+                dir.display(),
+                log.trim()
+            );
+        };
+        let node = Node {
+            dir,
+            _claim: claim,
+            pid,
+            runtime: config.runtime,
+            suite: config.suite,
+            keeper,
+            pipe,
+        };
+        node.answers().await?;
+        Ok(node)
+    }
+
+    /// The shim behind `io.containerd.runc.v2`.
+    pub fn runtime(&self) -> Runtime {
+        self.runtime
+    }
+
+    /// The release it is made of.
+    pub fn suite(&self) -> Suite {
+        self.suite
+    }
+
+    /// Its name: its hostname, and what its folder and its cgroups on the host are called.
+    pub fn name(&self) -> String {
+        self.dir
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    }
+
+    /// The pid of the node's first process, as the host counts.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Where the host sees the node's `path`.
+    pub fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+        let path = path.as_ref();
+        Path::new("/proc")
+            .join(self.pid.to_string())
+            .join("root")
+            .join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// A client of its containerd. One per test: a connection belongs to the tokio runtime that made it.
+    pub async fn containerd(&self) -> Result<Client> {
+        let socket = self.path("/run/containerd/containerd.sock");
+        Client::from_path(&socket)
+            .await
+            .with_context(|| format!("connecting to containerd at {}", socket.display()))
+    }
+
+    /// Subscribes to containerd's events; those published after this returns are seen.
+    pub async fn events(&self) -> Result<Events> {
+        Events::subscribe(self.containerd().await?).await
+    }
+
+    /// Imports and unpacks an image, for `ctr` as for CRI.
+    pub async fn import(&self, image: &Image) -> Result<()> {
+        self.import_for(image, &[NAMESPACE, CRI_NAMESPACE]).await
+    }
+
+    async fn import_for(&self, image: &Image, namespaces: &[&str]) -> Result<()> {
+        let file = image
+            .archive
+            .file_name()
+            .context("the image's archive has no name")?;
+        let there = self.dir.join("images").join(file);
+        if !there.exists() {
+            fs::hard_link(&image.archive, &there)
+                .or_else(|_| fs::copy(&image.archive, &there).map(drop))?;
+        }
+        let inside = format!("/images/{}", file.to_string_lossy());
+        for namespace in namespaces {
+            self.run(["ctr", "--namespace", namespace, "images", "import", &inside])
+                .await?;
+        }
+        fs::remove_file(&there)?;
+        Ok(())
+    }
+
+    /// A container to be described and created.
+    pub fn container<'n>(&'n self, id: &str) -> container::Builder<'n> {
+        container::Builder::new(self, id)
+    }
+
+    /// Runs a command inside the node and hands back what came of it.
+    pub async fn exec<const N: usize>(&self, command: [&str; N]) -> Result<Output> {
+        tokio::process::Command::from(self.command(&command))
+            .kill_on_drop(true)
+            .output()
+            .await
+            .with_context(|| format!("running {command:?} in the node"))
+    }
+
+    /// Runs a command that must succeed; its stdout.
+    pub async fn run<const N: usize>(&self, command: [&str; N]) -> Result<String> {
+        let out = self.exec(command).await?;
+        ensure!(
+            out.status.success(),
+            "{command:?} in the node ended with {}: {}",
+            out.status,
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// A command that, when spawned, runs inside the node: in its namespaces, its cgroup and with its PATH.
+    pub fn command(&self, command: &[&str]) -> Command {
+        const ENTER: &str = r#"
+            init=$1 name=$2; shift 2
+            for h in $(awk '$0 ~ / - cgroup2? / {print $5}' /proc/self/mountinfo); do
+              [ -e "$h/$name/init" ] && h=$h/$name/init || h=$h/$name
+              echo $$ > "$h/cgroup.procs"
+            done
+            export HOME=/root $(tr '\0' '\n' < "/proc/$init/environ" | grep ^NODE_PATH=); export PATH="$NODE_PATH"
+            exec nsenter --target "$init" --mount --uts --ipc --net --pid --cgroup --root --wd -- "$@""#;
+        let mut enter = Command::new("bash");
+        let name = self.dir.file_name().unwrap_or_default();
+        enter
+            .args(["-c", ENTER, "bash", &self.pid.to_string()])
+            .arg(name)
+            .args(command)
+            .stdin(Stdio::null());
+        enter
+    }
+
+    /// The host's pids of all processes of the node, with their command lines.
+    pub fn processes(&self) -> Result<Vec<(u32, String)>> {
+        let namespace = fs::read_link(format!("/proc/{}/ns/cgroup", self.pid))?;
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc")?.flatten() {
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok())
+            else {
+                continue;
+            };
+            let cgroup = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+            let name = self.dir.file_name().unwrap_or_default().to_string_lossy();
+            let ours =
+                fs::read_link(entry.path().join("ns/cgroup")).is_ok_and(|ns| ns == namespace);
+            if ours || cgroup.contains(&*name) {
+                let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+                found.push((
+                    pid,
+                    String::from_utf8_lossy(&line)
+                        .replace('\0', " ")
+                        .trim()
+                        .to_owned(),
+                ));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The shim that serves a container, and its command line.
+    pub fn shim_of(&self, id: &str) -> Result<(u32, String)> {
+        let wanted = format!("-id {id} ");
+        self.processes()?
+            .into_iter()
+            .find(|(_, line)| {
+                line.contains("containerd-shim") && format!("{line} ").contains(&wanted)
+            })
+            .with_context(|| format!("no process of the node is the shim of container {id}"))
+    }
+
+    /// Ends containerd (SIGTERM) and waits until its successor answers.
+    pub async fn restart_containerd(&self) -> Result<()> {
+        self.stop_containerd().await?;
+        self.start_containerd().await
+    }
+
+    /// Ends containerd (SIGTERM), and keeps its successor from coming until [`Node::start_containerd`].
+    pub async fn stop_containerd(&self) -> Result<()> {
+        self.run([
+            "sh",
+            "-c",
+            "touch /run/containerd.hold; kill $(cat /run/containerd.pid)",
+        ])
+        .await?;
+        let gone = "! kill -0 $(cat /run/containerd.pid) 2>/dev/null";
+        poll::until("containerd's end", async || {
+            Ok(self
+                .exec(["sh", "-c", gone])
+                .await?
+                .status
+                .success()
+                .then_some(()))
+        })
+        .await
+    }
+
+    /// Lets containerd come back and waits until it answers.
+    pub async fn start_containerd(&self) -> Result<()> {
+        self.run(["rm", "/run/containerd.hold"]).await?;
+        self.answers().await
+    }
+
+    async fn answers(&self) -> Result<()> {
+        let answer = poll::until("containerd's answer", async || {
+            self.containerd().await?.version().version(()).await?;
+            Ok(Some(()))
+        });
+        match answer.await {
+            Ok(()) => Ok(()),
+            Err(e) => Err(e.context(format!("containerd's log ends with\n{}", self.log_tail(15)))),
+        }
+    }
+
+    /// The last lines of containerd's log, where the shims log too.
+    pub fn log_tail(&self, lines: usize) -> String {
+        let text = fs::read_to_string(self.path("/var/log/containerd.log")).unwrap_or_default();
+        let all: Vec<&str> = text.lines().collect();
+        all[all.len().saturating_sub(lines)..].join("\n")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        drop(self.pipe.take());
+        let _ = self.keeper.wait();
+    }
+}
+
+/// The folder of the programs under test: `REKINDLE_BIN_DIR`, else where cargo built them.
+pub(crate) fn programs() -> Result<PathBuf> {
+    match std::env::var_os("REKINDLE_BIN_DIR") {
+        Some(folder) => Ok(PathBuf::from(folder)),
+        None => built(),
+    }
+}
+
+/// target/debug/deps/SUITE and target/debug/PROGRAM both lie below target/debug.
+fn built() -> Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    let folder = program.ancestors().find(|dir| dir.join("deps").is_dir());
+    Ok(folder
+        .context("this program does not lie in a cargo target folder: set REKINDLE_BIN_DIR")?
+        .to_path_buf())
+}
+
+/// Puts the programs under test into `opt/bin`, and the shim in front of containerd's where it takes its place.
+/// Answers with the folders to put on the node's PATH.
+fn install_binaries(opt: &Path, runtime: Runtime) -> Result<&'static str> {
+    const SHIM: &str = "containerd-shim-rekindle-v1";
+    let from = programs()?;
+    // The S3 server is no program under test: an optimised build of those has none.
+    let server = from.join("rekindle-s3server");
+    let server = match (server.is_file(), built()) {
+        (false, Ok(built)) => built.join("rekindle-s3server"),
+        _ => server,
+    };
+    for binary in [from.join(SHIM), from.join("rekindle"), server] {
+        if let (Some(name), true) = (binary.file_name(), binary.is_file()) {
+            let there = opt.join("bin").join(name);
+            fs::hard_link(&binary, &there).or_else(|_| fs::copy(&binary, &there).map(drop))?;
+        }
+    }
+    if runtime == Runtime::Go {
+        return Ok("/opt/rekindle/bin:");
+    }
+    ensure!(
+        opt.join("bin").join(SHIM).exists(),
+        "the shim under test is missing: {} does not exist; run `make build`",
+        from.join(SHIM).display()
+    );
+    std::os::unix::fs::symlink(
+        format!("../bin/{SHIM}"),
+        opt.join("shadow/containerd-shim-runc-v2"),
+    )?;
+    Ok("/opt/rekindle/shadow:/opt/rekindle/bin:")
+}

@@ -1,0 +1,108 @@
+//! An S3 server on a node: a process of its own with SigV4 and TLS, as strict as a real one and with nothing of the network.
+
+use crate::{Node, progress::Progress};
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::Child;
+
+/// Where it listens, in the node's own network: no other node is in the way.
+const LISTEN: &str = "127.0.0.1:9000";
+const ROOT: &str = "/srv/s3";
+const CREDENTIALS: &str = "/etc/rekindle/s3-credentials";
+const CA: &str = "/srv/s3/.tls/ca.pem";
+const KEY: (&str, &str) = ("rekindle", "rekindle-secret");
+
+/// A running server. Dropped, it ends.
+#[derive(Debug)]
+pub struct S3Server {
+    _process: Child,
+}
+
+/// What a node's `config.toml` says about the server: its bucket is everybody's, by a key of the node's own.
+pub fn source(bucket: &str) -> String {
+    format!(
+        "[[datasets.source]]\nallow = \"s3://{bucket}/\"\nnamespaces = [\"*\"]\nendpoint = \"https://{LISTEN}\"\n\
+         ca-file = \"{CA}\"\ncredentials-file = \"{CREDENTIALS}\"\nminimum-verification = \"store-checksum\"\n"
+    )
+}
+
+impl S3Server {
+    /// Puts the files of `folder` under `prefix` of `bucket`, and starts a server that has them.
+    pub async fn start(node: &Node, bucket: &str, prefix: &str, folder: &Path) -> Result<S3Server> {
+        let there = node.path(ROOT).join(bucket).join(prefix);
+        upload(folder, &there).with_context(|| {
+            format!("filling s3://{bucket}/{prefix}/ from {}", folder.display())
+        })?;
+        fs::write(
+            node.path(CREDENTIALS),
+            format!(
+                "[default]\naws_access_key_id = {}\naws_secret_access_key = {}\n",
+                KEY.0, KEY.1
+            ),
+        )?;
+        let command = [
+            "rekindle-s3server",
+            "--root",
+            ROOT,
+            "--listen",
+            LISTEN,
+            "--access-key",
+            KEY.0,
+            "--secret-key",
+            KEY.1,
+        ];
+        let mut process = tokio::process::Command::from(node.command(&command))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .context("starting rekindle-s3server in the node")?;
+        let out = process.stdout.take().context("no stdout")?;
+        let ready = BufReader::new(out).lines().next_line().await?;
+        if ready.is_none() {
+            let said = process.wait_with_output().await?;
+            anyhow::bail!(
+                "rekindle-s3server ended with {} before it was ready: {}",
+                said.status,
+                String::from_utf8_lossy(&said.stderr).trim()
+            );
+        }
+        Ok(S3Server { _process: process })
+    }
+}
+
+/// Copies a folder's files; the server gives them at its start what an upload would have given them.
+fn upload(from: &Path, to: &Path) -> Result<()> {
+    let files = files_below(from)?;
+    ensure!(!files.is_empty(), "{} holds no files", from.display());
+    let total = files.iter().map(|(_, bytes)| bytes).sum();
+    let progress = Progress::bytes("uploading the weights", total);
+    for (path, bytes) in files {
+        let there = to.join(path.strip_prefix(from)?);
+        if let Some(parent) = there.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        fs::copy(&path, &there).with_context(|| format!("copying {}", path.display()))?;
+        progress.add(bytes);
+    }
+    progress.hide();
+    Ok(())
+}
+
+fn files_below(folder: &Path) -> Result<Vec<(std::path::PathBuf, u64)>> {
+    let mut found = Vec::new();
+    for entry in
+        fs::read_dir(folder).with_context(|| format!("reading the folder {}", folder.display()))?
+    {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.extend(files_below(&entry.path())?);
+        } else {
+            found.push((entry.path(), entry.metadata()?.len()));
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,84 @@
+//! What a container has left on its node.
+
+use crate::{Node, poll};
+use anyhow::{Context, Result};
+
+impl Node {
+    /// Waits until neither a process, nor a mount, nor a cgroup, nor a folder of `id` is left; a shim counts as its pod's.
+    pub async fn is_rid_of(&self, id: &str) -> Result<()> {
+        let mut last = Vec::new();
+        let gone = poll::until("the traces to go", async || {
+            last = self.traces_of(id).await?;
+            Ok(last.is_empty().then_some(()))
+        });
+        let outcome = gone.await;
+        outcome.with_context(|| format!("what is left of {id}:\n{}", last.join("\n")))
+    }
+
+    /// Waits until there is no sandbox of the pod with this uid, whose id nobody was told.
+    pub(crate) async fn is_rid_of_pod(&self, uid: &str) -> Result<()> {
+        let script = format!(
+            "grep -l {uid} /run/containerd/io.containerd.runtime.v2.task/k8s.io/*/config.json 2>/dev/null; \
+             find /sys/fs/cgroup -mindepth 1 -type d -path '*/pod{uid}/*'; true"
+        );
+        let mut left = String::new();
+        let gone = poll::until("the sandbox to go", async || {
+            left = self.run(["sh", "-c", &script]).await?;
+            Ok(left.is_empty().then_some(()))
+        });
+        let outcome = gone.await;
+        outcome.with_context(|| format!("what is left of the refused pod:\n{left}"))
+    }
+
+    /// What there is of `id` now, a line for each.
+    pub async fn traces_of(&self, id: &str) -> Result<Vec<String>> {
+        // pids first: a process that ends meanwhile must not hide a mount that it held.
+        let mut found = Vec::new();
+        for (pid, line) in self.processes()? {
+            let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+            let inside = groups
+                .lines()
+                .any(|group| group.rsplit('/').next() == Some(id));
+            if inside || format!("{line} ").contains(&format!("-id {id} ")) {
+                found.push(format!("process {pid}: {line}"));
+            }
+        }
+        let script = format!(
+            "grep -E '/{id}(/| )' /proc/self/mountinfo; \
+             find /sys/fs/cgroup -type d -name '{id}'; \
+             find /run/containerd /run/rekindle -name '{id}' 2>/dev/null; true"
+        );
+        let rest = self.run(["sh", "-c", &script]).await?;
+        found.extend(rest.lines().map(str::to_owned));
+        Ok(found)
+    }
+
+    /// The files in the writable layer of a container that was made through [`Node::container`].
+    pub async fn layer_of(&self, id: &str) -> Result<Vec<String>> {
+        let key = format!("{id}-snapshot");
+        let mount = self
+            .run(["ctr", "snapshots", "mounts", "/mnt", &key])
+            .await?;
+        let begin = mount.split("upperdir=").nth(1);
+        let upper = begin.and_then(|rest| rest.split([',', ' ']).next());
+        let upper =
+            upper.with_context(|| format!("snapshot {key} has no upper folder: {mount}"))?;
+        let files = self.run(["find", upper, "-mindepth", "1"]).await?;
+        Ok(files.lines().map(str::to_owned).collect())
+    }
+
+    /// The socket of the shim that serves `id`, which the shim itself has started.
+    pub async fn shim_socket(&self, id: &str) -> Result<String> {
+        // containerd 2 notes the whole answer of the shim's start, 1.7 only the address in it.
+        let script = format!(
+            "cd /run/containerd/io.containerd.runtime.v2.task/*/{id} && cat bootstrap.json address 2>/dev/null; true"
+        );
+        let text = self.run(["sh", "-c", &script]).await?;
+        let begin = text
+            .find("unix://")
+            .with_context(|| format!("no socket is noted in the bundle of {id}: {text:?}"))?;
+        let address = &text[begin + "unix://".len()..];
+        let end = address.find(['"', '\n']).unwrap_or(address.len());
+        Ok(address[..end].to_owned())
+    }
+}

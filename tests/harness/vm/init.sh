@@ -1,0 +1,15 @@
+#!/bin/sh
+# The first program of the machine: finds the disk, puts what the second one carries into memory, and hands over to it.
+b=/bin/busybox
+$b mount -t proc proc /proc
+$b mount -t sysfs sysfs /sys
+$b mount -t devtmpfs devtmpfs /dev
+for module in /modules/*; do $b insmod "$module"; done
+while ! [ -e /dev/vda ] || ! [ -e /dev/vdb ]; do $b sleep 0.05; done
+$b mount -t ext4 /dev/vda /root
+$b mount -t tmpfs tmpfs /root/run
+$b mkdir /root/run/payload
+# Not a file system: an archive, as it came.
+$b tar -x -f /dev/vdb -C /root/run/payload
+for d in proc sys dev; do $b mount --move /$d /root/$d; done
+exec $b switch_root /root /bin/bash /run/payload/boot.sh

@@ -1,0 +1,168 @@
+//! Killed at the worst time.
+
+use crate::heap::heap;
+use crate::stage::{RESTORE_FROM, Stage, counts_to};
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rekindle_harness::container::State;
+use rekindle_harness::poll;
+use std::time::{Duration, Instant};
+
+/// The folders of images that are being made, or were.
+async fn partial(stage: &Stage) -> Result<Vec<String>> {
+    let found = stage
+        .node
+        .run([
+            "sh",
+            "-c",
+            "find /var/lib/rekindle/images/.partial -mindepth 1 -maxdepth 1 2>/dev/null; true",
+        ])
+        .await?;
+    Ok(found.lines().map(str::to_owned).collect())
+}
+
+/// Waits for a process of the node, looking all the time, and sends it a signal.
+async fn catch(stage: &Stage, words: &[&str], signal: Signal) -> Result<Pid> {
+    let look = async {
+        loop {
+            for (pid, line) in stage.node.processes()? {
+                if words.iter().all(|word| line.contains(word)) {
+                    let pid = Pid::from_raw(pid.try_into()?);
+                    // It may be gone, or be at its end: runc asks CRIU for its version first.
+                    let sent = kill(pid, signal).is_ok();
+                    if sent && (signal != Signal::SIGSTOP || stands_still(pid)) {
+                        return anyhow::Ok(pid);
+                    }
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(poll::DEADLINE, look)
+        .await
+        .with_context(|| format!("no process with {words:?} was seen"))?
+}
+
+fn stands_still(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ")
+        .next()
+        .is_some_and(|rest| rest.starts_with('T'))
+}
+
+pub(crate) async fn the_shim_is_killed_during_a_checkpoint(stage: &Stage) -> Result<()> {
+    let task = heap(stage, "shim-dies").run().await?;
+    counts_to(task.io().out()?, 1).await?;
+    let (shim, _) = stage.node.shim_of("shim-dies")?;
+    let args = ["checkpoint", "shim-dies", "--name", "shim-dies"];
+    let strike = async {
+        // The dump has begun, and stands still.
+        catch(stage, &["criu", "swrk"], Signal::SIGSTOP).await?;
+        Ok::<_, anyhow::Error>(kill(Pid::from_raw(shim.try_into()?), Signal::SIGKILL)?)
+    };
+    let (output, struck) = tokio::join!(stage.rekindle(&args), strike);
+    struck?;
+    let output = output?;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    stage.node.is_rid_of("shim-dies").await?;
+    assert!(!stage.images().await?.contains(&"shim-dies".to_owned()));
+    poll::until("the partial image to go", async || {
+        Ok(partial(stage).await?.is_empty().then_some(()))
+    })
+    .await?;
+    task.remove().await
+}
+
+pub(crate) async fn the_command_is_killed_during_a_checkpoint(stage: &Stage) -> Result<()> {
+    let task = stage
+        .container("command-dies")
+        .args(&["/counter"])
+        .run()
+        .await?;
+    let before = counts_to(task.io().out()?, 2).await?;
+    let args = ["checkpoint", "command-dies", "--name", "command-dies"];
+    let strike = async {
+        let dump = catch(stage, &["criu", "swrk"], Signal::SIGSTOP).await?;
+        catch(
+            stage,
+            &["rekindle checkpoint command-dies"],
+            Signal::SIGKILL,
+        )
+        .await?;
+        Ok::<_, anyhow::Error>(kill(dump, Signal::SIGCONT)?)
+    };
+    let (output, struck) = tokio::join!(stage.rekindle(&args), strike);
+    struck?;
+    ensure!(!output?.status.success(), "a killed command ended well");
+    // It goes on as before; what was begun is either whole or nowhere.
+    counts_to(task.io().out()?, before.n + 20).await?;
+    assert_eq!(task.state().await?, State::Running);
+    let made = stage
+        .checkpoint("command-dies", "command-lives", &[])
+        .await?;
+    assert_eq!(made["generation"], 1);
+    poll::until("the partial image to go", async || {
+        Ok(partial(stage).await?.is_empty().then_some(()))
+    })
+    .await?;
+    let verified = stage.rekindle(&["image", "verify"]).await?;
+    ensure!(
+        verified.status.success()
+            || !String::from_utf8_lossy(&verified.stdout).contains("command-"),
+        "{verified:?}"
+    );
+    task.remove().await
+}
+
+/// A restore that stands still, because its CRIU does.
+pub(crate) async fn calls_are_answered_while_a_restore_runs(stage: &Stage) -> Result<()> {
+    let (task, before) = stage.lived_in("slow").await?;
+    stage.checkpoint("slow", "slow", &[]).await?;
+    let at = counts_to(task.io().out()?, before.n).await?;
+    let warm = stage.warm("slow-2", "slow").create().await?;
+    let meanwhile = async {
+        let criu = catch(stage, &["criu", "swrk"], Signal::SIGSTOP).await?;
+        let since = Instant::now();
+        let state = warm.state().await?;
+        let took = since.elapsed();
+        // Nothing on the way waits for the restore; a loaded machine may still take its time.
+        ensure!(took < Duration::from_secs(5), "State took {took:?}");
+        ensure!(
+            state == State::Created,
+            "a container that is being restored is {state:?}"
+        );
+        Ok::<_, anyhow::Error>(kill(criu, Signal::SIGCONT)?)
+    };
+    let (started, met) = tokio::join!(warm.start(), meanwhile);
+    met?;
+    started?;
+    crate::stage::continues(&warm, &before, at.n).await?;
+    warm.remove().await?;
+    task.remove().await
+}
+
+pub(crate) async fn a_restore_is_killed(stage: &Stage) -> Result<()> {
+    let (task, _) = stage.lived_in("given-up").await?;
+    stage.checkpoint("given-up", "given-up", &[]).await?;
+    task.remove().await?;
+    let warm = stage
+        .container("given-up-2")
+        .args(&["/counter"])
+        .annotation(RESTORE_FROM, "given-up")
+        .create()
+        .await?;
+    let meanwhile = async {
+        catch(stage, &["criu", "swrk"], Signal::SIGSTOP).await?;
+        let since = Instant::now();
+        warm.kill(9).await?;
+        Ok::<_, anyhow::Error>(since.elapsed())
+    };
+    let (started, killed) = tokio::join!(warm.start(), meanwhile);
+    let took = killed?;
+    ensure!(took < Duration::from_secs(10), "Kill took {took:?}");
+    ensure!(started.is_err(), "a restore that was killed ended well");
+    warm.delete().await?;
+    stage.node.is_rid_of("given-up-2").await?;
+    warm.remove().await
+}

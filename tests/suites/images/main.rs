@@ -1,0 +1,105 @@
+//! What named images promise: `rekindle checkpoint ID --name NAME`, then `rekindle.dev/restore-from: NAME`.
+//!
+//! Three nodes serve all tests of this program. One restores lazily, one eagerly, and on the third one there is one test
+//! at a time. A container, a pod and an image are called as their test is.
+
+mod damaged;
+mod heap;
+mod interrupted;
+mod pods;
+mod refused;
+mod stage;
+mod tasks;
+
+macro_rules! tests {
+    ($($name:ident $nodes:ident { $($module:ident { $($test:ident)* })* })*) => {
+        $(mod $name {
+            $(mod $module {
+                $(#[tokio::test]
+                async fn $test() -> anyhow::Result<()> {
+                    let stage = crate::stage::stage(crate::stage::Nodes::$nodes).await?;
+                    let _turn = stage.turn().await;
+                    let outcome = crate::$module::$test(stage).await;
+                    outcome.map_err(|e| e.context(format!("containerd's log ends with\n{}", stage.node.log_tail(12))))
+                })*
+            })*
+        })*
+    };
+}
+
+macro_rules! images {
+    (both { $($both:tt)* } once { $($once:tt)* } alone { $($alone:tt)* }) => {
+        tests! {
+            eager Eager { $($both)* }
+            lazy Lazy { $($both)* }
+            once Eager { $($once)* }
+            alone Alone { $($alone)* }
+        }
+    };
+}
+
+images! {
+    both {
+        tasks {
+            a_new_container_continues_exactly
+            files_deleted_but_open_are_there
+            a_paused_container_stays_paused
+            exit_ends_it_and_the_image_continues
+            the_newest_generation_is_meant
+            a_restored_container_is_checkpointed_again
+            two_containers_start_from_one_image
+        }
+        pods {
+            a_new_pod_continues_exactly
+            one_container_of_the_pod_is_chosen
+            a_live_connection_is_closed
+            a_restored_pod_is_checkpointed_again
+        }
+        heap {
+            memory_is_what_it_was
+        }
+    }
+    once {
+        pods {
+            an_exported_image_serves_another_namespace
+            another_namespaces_image_is_refused_at_the_sandbox
+            a_refused_image_fails_the_start_with_its_reason
+            more_than_the_pod_allows_is_refused
+        }
+        refused {
+            what_does_not_exist
+            another_namespaces_image
+            another_architectures_image
+            a_more_privileged_image
+            another_user
+            another_kind_of_stdio
+            a_shared_pid_namespace
+            a_user_namespace
+            other_mounts
+            opportunistic_starts_cold
+            criu_refuses_and_nothing_stays
+            criu_refuses_and_opportunistic_starts_cold_from_a_clean_root
+        }
+        damaged {
+            one_flipped_byte_in_any_file
+            a_truncated_file
+            a_missing_file
+            an_extra_file
+            a_link_in_place_of_a_file
+            a_manifest_of_another_image
+        }
+    }
+    alone {
+        interrupted {
+            the_shim_is_killed_during_a_checkpoint
+            the_command_is_killed_during_a_checkpoint
+            calls_are_answered_while_a_restore_runs
+            a_restore_is_killed
+        }
+        heap {
+            a_checkpoint_while_still_loading_drains_first
+            a_killed_pager_ends_the_container
+            a_container_that_ends_while_loading_leaves_nothing
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! Through CRI, into a new pod.
+
+use crate::stage::{POLICY, RESTORE_FROM, Stage, one_sentence};
+use anyhow::{Context, Result, ensure};
+use rekindle_harness::Count;
+use rekindle_harness::cri::{ContainerState, CriContainer};
+
+const CONTAINER: &str = "rekindle.dev/container";
+const LIVED_IN: &str =
+    "echo kept > /root/note; rm /etc/group; echo shared > /dev/shm/note; exec /counter";
+
+/// Asserts that a container of a pod is the counter that was dumped after `from`, gone on; how far it is.
+async fn continues(restored: &CriContainer<'_, '_>, from: &Count, until: u64) -> Result<Count> {
+    let count = restored.counts_to(until + 3).await?;
+    from.continues_in(&restored.said("stdout")?, until)?;
+    Ok(count)
+}
+
+pub(crate) async fn a_new_pod_continues_exactly(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod("exactly-old").run().await?;
+    let volume = old.empty_dir("scratch").await?;
+    let task = old
+        .container("main")
+        .bind(&volume, "/scratch", true)
+        .shell(LIVED_IN)
+        .run()
+        .await?;
+    let before = task.counts_to(5).await?;
+    task.shell("echo theirs > /scratch/note").await?;
+    let made = stage
+        .checkpoint("exactly-old/main", "pod-exactly", &["--exit"])
+        .await?;
+    assert_eq!(
+        (&made["namespace"], &made["name"]),
+        (&"default".into(), &"pod-exactly".into())
+    );
+    assert_eq!(task.ended().await?.exit_code, 137);
+    let at = Count::last(&task.said("stdout")?).context("the counter said nothing")?;
+    let address = old.address().to_owned();
+    old.remove().await?;
+
+    let new = cri
+        .pod("exactly-new")
+        .annotation(RESTORE_FROM, "pod-exactly")
+        .run()
+        .await?;
+    let volume = new.empty_dir("scratch").await?;
+    let warm = new
+        .container("main")
+        .bind(&volume, "/scratch", true)
+        .shell(LIVED_IN)
+        .run()
+        .await?;
+    assert_eq!(warm.state().await?, ContainerState::ContainerRunning);
+    continues(&warm, &before, at.n).await?;
+    assert_ne!(new.address(), address);
+    assert_eq!(
+        warm.shell("cat /root/note /dev/shm/note").await?,
+        "kept\nshared"
+    );
+    assert_eq!(
+        warm.shell("test ! -e /etc/group && echo gone").await?,
+        "gone"
+    );
+    assert_eq!(warm.shell("hostname").await?, "exactly-new");
+    assert!(
+        warm.shell("cat /etc/hosts")
+            .await?
+            .contains(&format!("{}\texactly-new", new.address()))
+    );
+    assert!(
+        warm.shell("ip -4 addr show eth0")
+            .await?
+            .contains(new.address())
+    );
+    // The volume is the new pod's own, and its termination log is there to be written.
+    assert_eq!(warm.shell("ls /scratch").await?, "");
+    warm.shell("echo bye > /dev/termination-log").await?;
+    assert_eq!(warm.last_words()?, "bye\n");
+    warm.stop(0).await?;
+    assert_eq!(warm.ended().await?.exit_code, 137);
+    new.remove().await
+}
+
+pub(crate) async fn one_container_of_the_pod_is_chosen(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod("chosen-old").run().await?;
+    let task = old.container("main").shell(LIVED_IN).run().await?;
+    let before = task.counts_to(5).await?;
+    stage.checkpoint("chosen-old/main", "chosen", &[]).await?;
+    let at = task.counts_to(before.n).await?;
+    let pod = cri
+        .pod("chosen-new")
+        .annotation(RESTORE_FROM, "chosen")
+        .annotation(CONTAINER, "main");
+    let new = pod.run().await?;
+    let beside = new.container("beside").args(&["/counter"]).run().await?;
+    let warm = new.container("main").shell(LIVED_IN).run().await?;
+    continues(&warm, &before, at.n).await?;
+    let cold = beside.counts_to(3).await?;
+    assert_ne!(cold.nonce, before.nonce);
+    assert!(beside.said("stdout")?.contains(" 1\n"));
+    // The name of the pod is one for both, and what is in /dev/shm is shared.
+    assert_eq!(beside.shell("hostname").await?, "chosen-new");
+    assert_eq!(warm.shell("hostname").await?, "chosen-new");
+    assert_eq!(beside.shell("cat /dev/shm/note").await?, "shared");
+    old.remove().await?;
+    new.remove().await
+}
+
+pub(crate) async fn a_live_connection_is_closed(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod("connected").run().await?;
+    // Both ends stay silent and open: each reads what nobody writes.
+    let server = "echo ready; tail -f /dev/null | nc -l -p 7000";
+    let client = "tail -f /dev/null | { nc 127.0.0.1 7000; echo closed; } & exec /counter";
+    let peer = old.container("peer").shell(server).run().await?;
+    peer.says("the server", |text| text == "ready\n").await?;
+    let listening = "until netstat -ltn | grep -q :7000; do sleep 0.05; done";
+    peer.shell(listening).await?;
+    let task = old.container("main").shell(client).run().await?;
+    let before = task.counts_to(5).await?;
+    let established = "netstat -tn | grep -c '127.0.0.1:7000 *ESTABLISHED' || true";
+    assert_eq!(task.shell(established).await?, "1");
+    stage.checkpoint("connected/main", "connected", &[]).await?;
+    // The running one has kept its connection, and nothing is closed behind its back.
+    let at = task.counts_to(before.n).await?;
+    task.counts_to(at.n + 3).await?;
+    assert_eq!(task.shell(established).await?, "1");
+    assert!(!task.said("stdout")?.contains("closed"));
+
+    let pod = cri
+        .pod("connected-new")
+        .annotation(RESTORE_FROM, "connected");
+    let new = pod.run().await?;
+    let warm = new.container("main").shell(client).run().await?;
+    continues(&warm, &before, at.n).await?;
+    warm.says("the end of the connection", |text| {
+        text.contains("closed\n")
+    })
+    .await?;
+    assert_eq!(warm.shell(established).await?, "0");
+    old.remove().await?;
+    new.remove().await
+}
+
+pub(crate) async fn a_restored_pod_is_checkpointed_again(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let mut pod = cri.pod("pod-again-0").run().await?;
+    let task = pod.container("main").shell(LIVED_IN).run().await?;
+    let mut from = task.counts_to(5).await?;
+    for round in 1..=2 {
+        let name = format!("pod-again-{round}");
+        stage
+            .checkpoint(&format!("{}/main", pod.name()), &name, &[])
+            .await?;
+        let old = pod;
+        pod = cri.pod(&name).annotation(RESTORE_FROM, &name).run().await?;
+        old.remove().await?;
+        let warm = pod.container("main").shell(LIVED_IN).run().await?;
+        let first = warm
+            .says("the counter", |text| Count::first(text).is_some())
+            .await?;
+        let first = Count::first(&first).context("the restored counter said nothing")?;
+        // The old one ran on until its pod was removed; how far nobody can tell.
+        ensure!(
+            first.nonce == from.nonce && first.n >= from.n,
+            "{first:?} does not continue {from:?}"
+        );
+        from = warm.counts_to(first.n + 5).await?;
+        assert_eq!(
+            warm.shell("cat /root/note /dev/shm/note; hostname").await?,
+            format!("kept\nshared\n{name}")
+        );
+    }
+    pod.remove().await
+}
+
+pub(crate) async fn an_exported_image_serves_another_namespace(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod("exporter").namespace("platform").run().await?;
+    let task = old.container("main").shell(LIVED_IN).run().await?;
+    let before = task.counts_to(5).await?;
+    let made = stage
+        .checkpoint("platform/exporter/main", "shared", &[])
+        .await?;
+    assert_eq!(made["image"], "platform/shared@1");
+    let at = task.counts_to(before.n).await?;
+    let new = cri
+        .pod("importer")
+        .annotation(RESTORE_FROM, "platform/shared")
+        .run()
+        .await?;
+    let warm = new.container("main").shell(LIVED_IN).run().await?;
+    continues(&warm, &before, at.n).await?;
+    // To a third namespace it is not exported.
+    let third = cri
+        .pod("thief")
+        .namespace("elsewhere")
+        .annotation(RESTORE_FROM, "platform/shared");
+    let refusal = third
+        .try_run()
+        .await?
+        .err()
+        .context("an image that is not exported was accepted")?;
+    one_sentence(&refusal, &["platform/shared", "elsewhere"])?;
+    old.remove().await?;
+    new.remove().await
+}
+
+/// Under either policy: it is not a matter of what there is.
+pub(crate) async fn another_namespaces_image_is_refused_at_the_sandbox(
+    stage: &Stage,
+) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    for policy in ["Required", "Opportunistic"] {
+        let pod = cri.pod(&format!("stranger-{}", policy.to_lowercase()));
+        let pod = pod
+            .annotation(RESTORE_FROM, "platform/private")
+            .annotation(POLICY, policy);
+        let refusal = pod
+            .try_run()
+            .await?
+            .err()
+            .context("another namespace's image was accepted")?;
+        one_sentence(&refusal, &["platform/private", "default"])?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_refused_image_fails_the_start_with_its_reason(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let pod = cri
+        .pod("no-image")
+        .annotation(RESTORE_FROM, "never-made")
+        .run()
+        .await?;
+    let task = pod.container("main").shell(LIVED_IN).create().await?;
+    let refusal = task
+        .start()
+        .await
+        .err()
+        .context("it was started from nothing")?;
+    one_sentence(&refusal, &["default/never-made", "no image"])?;
+    let status = task.ended().await?;
+    assert_eq!(
+        (status.exit_code, status.reason.as_str()),
+        (128, "StartError")
+    );
+    assert!(
+        status.message.contains("default/never-made"),
+        "{}",
+        status.message
+    );
+    pod.remove().await?;
+
+    let pod = cri
+        .pod("no-image-cold")
+        .annotation(RESTORE_FROM, "never-made")
+        .annotation(POLICY, "Opportunistic");
+    let pod = pod.run().await?;
+    let task = pod.container("main").shell(LIVED_IN).run().await?;
+    task.counts_to(2).await?;
+    assert!(task.said("stdout")?.contains(" 1\n"));
+    pod.remove().await
+}
+
+pub(crate) async fn more_than_the_pod_allows_is_refused(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod("mighty").privileged().run().await?;
+    let task = old
+        .container("main")
+        .privileged()
+        .args(&["/counter"])
+        .run()
+        .await?;
+    task.counts_to(2).await?;
+    stage.checkpoint("mighty/main", "mighty", &[]).await?;
+    old.remove().await?;
+    let pod = cri
+        .pod("humble")
+        .annotation(RESTORE_FROM, "mighty")
+        .run()
+        .await?;
+    let task = pod.container("main").args(&["/counter"]).create().await?;
+    let refusal = task
+        .start()
+        .await
+        .err()
+        .context("a privileged image was restored unprivileged")?;
+    one_sentence(&refusal, &["default/mighty", "CAP_SYS_ADMIN"])?;
+    let nobody = pod
+        .container("nobody")
+        .user(65534)
+        .args(&["/counter"])
+        .create()
+        .await?;
+    let refusal = nobody
+        .start()
+        .await
+        .err()
+        .context("root's image was restored as nobody")?;
+    one_sentence(&refusal, &["user 0", "65534"])?;
+    pod.remove().await?;
+
+    for (name, word) in [
+        ("shares-pids", "PID namespace"),
+        ("own-users", "user namespace"),
+    ] {
+        let pod = cri.pod(name).annotation(RESTORE_FROM, "mighty");
+        let pod = if name == "own-users" {
+            pod.own_users()
+        } else {
+            pod.shared_pids()
+        };
+        let refusal = match pod.try_run().await? {
+            Err(refusal) => refusal,
+            Ok(pod) => {
+                let task = pod.container("main").args(&["/counter"]).create().await?;
+                let refusal = task
+                    .start()
+                    .await
+                    .err()
+                    .with_context(|| format!("{name} was restored"))?;
+                pod.remove().await?;
+                refusal
+            }
+        };
+        one_sentence(&refusal, &[word])?;
+    }
+    Ok(())
+}

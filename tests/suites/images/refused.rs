@@ -1,0 +1,228 @@
+//! Images that may not, or cannot, be restored into a container: refused before runc runs, or undone.
+
+use crate::damaged::Copy;
+use crate::stage::{POLICY, RESTORE_FROM, Stage, counts_to, one_sentence, shell};
+use anyhow::{Context, Result, ensure};
+use rekindle_harness::container::Builder;
+use serde_json::json;
+
+/// An image called `name` of a counter that ran in `source`, which is gone.
+async fn image_of(stage: &Stage, source: Builder<'_>, id: &str) -> Result<()> {
+    let line = "echo kept > /root/note; exec /counter";
+    let task = source.shell(line).run().await?;
+    counts_to(task.io().out()?, 2).await?;
+    stage.checkpoint(id, id, &[]).await?;
+    task.remove().await
+}
+
+pub(crate) async fn what_does_not_exist(stage: &Stage) -> Result<()> {
+    let words = ["default/never-made", "rekindle image ls"];
+    stage
+        .refuses("absent", stage.warm("absent", "never-made"), &words)
+        .await?;
+    image_of(stage, stage.container("one-only"), "one-only").await?;
+    stage
+        .refuses(
+            "absent-2",
+            stage.warm("absent-2", "one-only@7"),
+            &["default/one-only@7"],
+        )
+        .await?;
+    Ok(())
+}
+
+pub(crate) async fn another_namespaces_image(stage: &Stage) -> Result<()> {
+    for policy in ["Required", "Opportunistic"] {
+        let id = format!("foreign-{}", policy.to_lowercase());
+        let warm = stage
+            .warm(&id, "platform/private")
+            .annotation(POLICY, policy);
+        stage
+            .refuses(&id, warm, &["platform/private", "default"])
+            .await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn another_architectures_image(stage: &Stage) -> Result<()> {
+    image_of(stage, stage.container("arch"), "arch").await?;
+    let copy = Copy::of(stage, "arch", "other-arch")?;
+    copy.change_manifest(|manifest| manifest["facts"]["host"]["arch"] = "s390x".into())?;
+    let text = stage
+        .refuses("arch-2", stage.warm("arch-2", "other-arch"), &["s390x"])
+        .await?;
+    ensure!(
+        text.contains(std::env::consts::ARCH),
+        "the host's architecture is not in: {text}"
+    );
+    copy.change_manifest(|manifest| {
+        manifest["facts"]["host"]["arch"] = std::env::consts::ARCH.into();
+        manifest["facts"]["host"]["cpu_flags"] = json!(["fpu", "warp_drive"]);
+    })?;
+    stage
+        .refuses(
+            "arch-3",
+            stage.warm("arch-3", "other-arch"),
+            &["warp_drive"],
+        )
+        .await?;
+    Ok(())
+}
+
+pub(crate) async fn a_more_privileged_image(stage: &Stage) -> Result<()> {
+    let mighty = stage.container("mighty").change_spec(|spec| {
+        for set in ["bounding", "effective", "permitted"] {
+            if let Some(set) = spec["process"]["capabilities"][set].as_array_mut() {
+                set.push("CAP_SYS_ADMIN".into());
+            }
+        }
+    });
+    image_of(stage, mighty, "mighty").await?;
+    stage
+        .refuses("humble", stage.warm("humble", "mighty"), &["CAP_SYS_ADMIN"])
+        .await?;
+    let gains = stage
+        .container("gains")
+        .change_spec(|spec| spec["process"]["noNewPrivileges"] = false.into());
+    image_of(stage, gains, "gains").await?;
+    stage
+        .refuses(
+            "gains-not",
+            stage.warm("gains-not", "gains"),
+            &["no_new_privs"],
+        )
+        .await?;
+    Ok(())
+}
+
+/// What the manifest says is not believed where CRIU's own files say otherwise.
+pub(crate) async fn another_user(stage: &Stage) -> Result<()> {
+    image_of(stage, stage.container("rooted"), "rooted").await?;
+    let nobody = || stage.warm("nobody", "rooted").user(65534, 65534);
+    stage
+        .refuses("nobody", nobody(), &["user 0", "65534"])
+        .await?;
+    Ok(())
+}
+
+pub(crate) async fn another_kind_of_stdio(stage: &Stage) -> Result<()> {
+    image_of(stage, stage.container("piped"), "piped").await?;
+    let terminal = stage.warm("on-terminal", "piped").terminal();
+    stage
+        .refuses("on-terminal", terminal, &["terminal"])
+        .await?;
+    Ok(())
+}
+
+pub(crate) async fn a_shared_pid_namespace(stage: &Stage) -> Result<()> {
+    image_of(stage, stage.container("own-pids"), "own-pids").await?;
+    let shares = stage.warm("host-pids", "own-pids").change_spec(|spec| {
+        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+            namespaces.retain(|namespace| namespace["type"] != "pid");
+        }
+    });
+    stage
+        .refuses("host-pids", shares, &["PID namespace"])
+        .await?;
+    Ok(())
+}
+
+pub(crate) async fn a_user_namespace(stage: &Stage) -> Result<()> {
+    image_of(stage, stage.container("hosts-users"), "hosts-users").await?;
+    let own = stage.warm("own-users", "hosts-users").change_spec(|spec| {
+        if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+            namespaces.push(json!({"type": "user"}));
+        }
+        let mapping = json!([{"containerID": 0, "hostID": 200_000, "size": 65536}]);
+        spec["linux"]["uidMappings"] = mapping.clone();
+        spec["linux"]["gidMappings"] = mapping;
+    });
+    stage.refuses("own-users", own, &["user namespace"]).await?;
+    Ok(())
+}
+
+pub(crate) async fn other_mounts(stage: &Stage) -> Result<()> {
+    image_of(stage, stage.container("bare"), "bare").await?;
+    let more = stage
+        .warm("with-mount", "bare")
+        .bind("/tmp", "/extra", false);
+    stage.refuses("with-mount", more, &["/extra"]).await?;
+    Ok(())
+}
+
+pub(crate) async fn opportunistic_starts_cold(stage: &Stage) -> Result<()> {
+    let warm = stage
+        .warm("cold", "never-made")
+        .annotation(POLICY, "Opportunistic")
+        .run()
+        .await?;
+    counts_to(warm.io().out()?, 3).await?;
+    assert!(
+        warm.io()
+            .out()?
+            .so_far()
+            .lines()
+            .next()
+            .is_some_and(|line| line.ends_with(" 1"))
+    );
+    assert_eq!(shell(&warm, "root", "ls -A /root").await?, "");
+    warm.remove().await
+}
+
+/// An image whose checksums are right and whose files CRIU cannot use: what comes after the verification.
+async fn unusable(stage: &Stage, id: &str) -> Result<String> {
+    image_of(stage, stage.container(id), id).await?;
+    let name = format!("{id}-unusable");
+    let copy = Copy::of(stage, id, &name)?;
+    // An open file that lies nowhere.
+    copy.reseal("criu/files.img", |bytes| {
+        let (from, to) = (b"/counter".as_slice(), b"/c0unter".as_slice());
+        for at in 0..bytes.len().saturating_sub(from.len()) {
+            if &bytes[at..at + from.len()] == from {
+                bytes[at..at + to.len()].copy_from_slice(to);
+            }
+        }
+    })?;
+    Ok(name)
+}
+
+pub(crate) async fn criu_refuses_and_nothing_stays(stage: &Stage) -> Result<()> {
+    let name = unusable(stage, "required").await?;
+    let task = stage.warm("required-2", &name).create().await?;
+    let refusal = task
+        .start()
+        .await
+        .err()
+        .context("an unusable image was restored")?;
+    one_sentence(&refusal, &["restore"])?;
+    task.delete().await?;
+    stage.node.is_rid_of("required-2").await?;
+    let left = stage.node.layer_of("required-2").await?;
+    ensure!(
+        left.is_empty(),
+        "the refused container's layer has {left:?}"
+    );
+    task.remove().await
+}
+
+pub(crate) async fn criu_refuses_and_opportunistic_starts_cold_from_a_clean_root(
+    stage: &Stage,
+) -> Result<()> {
+    let name = unusable(stage, "fallback").await?;
+    let cold = stage
+        .container("fallback-2")
+        .shell("ls -A /root; exec /counter")
+        .annotation(RESTORE_FROM, &name);
+    let cold = cold.annotation(POLICY, "Opportunistic").run().await?;
+    counts_to(cold.io().out()?, 3).await?;
+    let first = cold.io().out()?.so_far();
+    ensure!(
+        first
+            .lines()
+            .next()
+            .is_some_and(|line| line.ends_with(" 1")),
+        "it did not start cold and clean: {first}"
+    );
+    cold.remove().await?;
+    stage.node.is_rid_of("fallback-2").await
+}

@@ -1,0 +1,208 @@
+//! The nodes, and the steps that the tests are told in.
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use containerd_client::tonic::Status;
+use rekindle_harness::container::Builder;
+use rekindle_harness::fifo::Reader;
+use rekindle_harness::{Container, Count, Image, Node, NodeConfig, Runtime, images};
+use serde_json::Value;
+use std::path::PathBuf;
+use std::process::Output;
+use tokio::sync::{Mutex, MutexGuard, OnceCell};
+
+/// The nodes of this program.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Nodes {
+    Eager,
+    Lazy,
+    /// One test at a time, for those that look for a program by its command line; it restores lazily.
+    Alone,
+}
+
+pub(crate) struct Stage {
+    pub(crate) node: Node,
+    busybox: Image,
+    alone: Option<Mutex<()>>,
+}
+
+pub(crate) const RESTORE_FROM: &str = "rekindle.dev/restore-from";
+pub(crate) const POLICY: &str = "rekindle.dev/restore-policy";
+
+/// The node of a kind, made by the first test that asks. It is never dropped: its keeper ends it after this program.
+pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
+    static EAGER: OnceCell<Result<Stage, String>> = OnceCell::const_new();
+    static LAZY: OnceCell<Result<Stage, String>> = OnceCell::const_new();
+    static ALONE: OnceCell<Result<Stage, String>> = OnceCell::const_new();
+    let (cell, word) = match nodes {
+        Nodes::Eager => (&EAGER, "eager"),
+        Nodes::Lazy => (&LAZY, "auto"),
+        Nodes::Alone => (&ALONE, "auto"),
+    };
+    let make = async || -> Result<Stage> {
+        let busybox = images::busybox()?;
+        let mut config = NodeConfig::new(Runtime::Rekindle)?;
+        config.rekindle_toml = Some(format!(
+            "[restore]\npaging = \"{word}\"\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n"
+        ));
+        let node = Node::start(config).await?;
+        node.import(&images::pause()?).await?;
+        node.import(&busybox).await?;
+        let alone = matches!(nodes, Nodes::Alone).then(Mutex::default);
+        Ok(Stage {
+            node,
+            busybox,
+            alone,
+        })
+    };
+    let made = cell
+        .get_or_init(async || make().await.map_err(|e| format!("{e:#}")))
+        .await;
+    made.as_ref().map_err(|e| anyhow!("{e}"))
+}
+
+impl Stage {
+    /// Keeps the other tests of the node waiting, where it serves one at a time.
+    pub(crate) async fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        match &self.alone {
+            Some(alone) => Some(alone.lock().await),
+            None => None,
+        }
+    }
+
+    /// A container of the busybox image.
+    pub(crate) fn container(&self, id: &str) -> Builder<'_> {
+        self.node.container(id).image(&self.busybox)
+    }
+
+    /// One that starts from an image.
+    pub(crate) fn warm(&self, id: &str, image: &str) -> Builder<'_> {
+        self.container(id)
+            .args(&["/counter"])
+            .annotation(RESTORE_FROM, image)
+    }
+
+    /// A running counter that has written a file, removed one of the container image's, and used /dev/shm.
+    pub(crate) async fn lived_in(&self, id: &str) -> Result<(Container<'_>, Count)> {
+        let line =
+            "echo kept > /root/note; rm /etc/group; echo shared > /dev/shm/note; exec /counter";
+        let task = self.container(id).shell(line).run().await?;
+        let count = counts_to(task.io().out()?, 5).await?;
+        Ok((task, count))
+    }
+
+    /// `rekindle …` on the node.
+    pub(crate) async fn rekindle(&self, args: &[&str]) -> Result<Output> {
+        let command: Vec<&str> = std::iter::once(&"rekindle").chain(args).copied().collect();
+        let output = tokio::process::Command::from(self.node.command(&command))
+            .kill_on_drop(true)
+            .output();
+        // A checkpoint gives up after 110 s.
+        match tokio::time::timeout(std::time::Duration::from_secs(120), output).await {
+            Ok(output) => Ok(output?),
+            Err(_) => bail!("{command:?} did not end"),
+        }
+    }
+
+    /// `rekindle checkpoint CONTAINER --name NAME …`, which must work; what it tells about the image.
+    pub(crate) async fn checkpoint(
+        &self,
+        container: &str,
+        name: &str,
+        more: &[&str],
+    ) -> Result<Value> {
+        let args = [&["checkpoint", container, "--name", name, "--json"], more].concat();
+        let output = self.rekindle(&args).await?;
+        ensure!(
+            output.status.success(),
+            "rekindle {args:?} ended with {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// The names of the images on the node.
+    pub(crate) async fn images(&self) -> Result<Vec<String>> {
+        let output = self.rekindle(&["image", "ls", "--json"]).await?;
+        let rows: Value = serde_json::from_slice(&output.stdout)?;
+        let rows = rows.as_array().context("no array")?;
+        Ok(rows
+            .iter()
+            .map(|row| row["name"].as_str().unwrap_or("?").to_owned())
+            .collect())
+    }
+
+    /// Where the host sees the first generation of an image.
+    pub(crate) fn image(&self, namespace: &str, name: &str) -> PathBuf {
+        self.node
+            .path(format!("/var/lib/rekindle/images/{namespace}/{name}/1"))
+    }
+
+    /// Asserts that a container is refused when its task is created, in one sentence with all of `words`, and that
+    /// nothing of it is left.
+    pub(crate) async fn refuses(
+        &self,
+        id: &str,
+        builder: Builder<'_>,
+        words: &[&str],
+    ) -> Result<String> {
+        let (task, created) = builder.try_create().await?;
+        let refusal = match created {
+            Err(refusal) => refusal,
+            Ok(_) => bail!("{id} was created from an image that is to be refused"),
+        };
+        let text = one_sentence(&refusal, words)?;
+        self.node.is_rid_of(id).await?;
+        ensure!(
+            self.node.layer_of(id).await?.is_empty(),
+            "the refused container's layer is not empty"
+        );
+        task.remove().await?;
+        Ok(text)
+    }
+}
+
+/// The words of a refusal, of which all of `words` must be in the one line.
+pub(crate) fn one_sentence(refusal: &Status, words: &[&str]) -> Result<String> {
+    let text = refusal.message();
+    ensure!(
+        !text.trim().contains('\n'),
+        "the refusal is more than a line: {text:?}"
+    );
+    for word in words {
+        ensure!(
+            text.contains(word),
+            "{word:?} is not in the refusal: {text}"
+        );
+    }
+    Ok(text.to_owned())
+}
+
+/// Waits until a counter has come to `n`.
+pub(crate) async fn counts_to(out: &Reader, n: u64) -> Result<Count> {
+    let enough = |text: &str| Count::last(text).is_some_and(|count| count.n >= n);
+    let text = out.until("the counter", enough).await?;
+    Count::last(&text).context("the output is not a counter's")
+}
+
+/// Asserts that `restored` is the counter that was dumped after `from`, gone on; how far it is.
+pub(crate) async fn continues(restored: &Container<'_>, from: &Count, until: u64) -> Result<Count> {
+    let out = restored.io().out()?;
+    let count = counts_to(out, until + 3).await?;
+    from.continues_in(&out.so_far(), until)?;
+    Ok(count)
+}
+
+/// The stdout of a shell line in a running container, which must succeed.
+pub(crate) async fn shell(task: &Container<'_>, exec_id: &str, line: &str) -> Result<String> {
+    let exec = task.exec(exec_id, &["sh", "-c", line]).run().await?;
+    let text = exec.io().out()?.text().await?;
+    let status = exec.wait().await?.status;
+    ensure!(
+        status == 0,
+        "{line:?} ended with {status}: {text}{}",
+        exec.io().err()?.so_far()
+    );
+    exec.delete().await?;
+    Ok(text.trim_end().to_owned())
+}

@@ -1,0 +1,149 @@
+//! What containerd may expect of a runtime, sentence by sentence, asked of the shim it ships and of ours.
+//!
+//! One node per runtime serves all tests of this program, at the same time: a container's id is its test's name.
+//! `REKINDLE_RUNTIMES=go` (or `rekindle`) leaves the other one out.
+
+mod checkpoint;
+mod exec;
+mod io;
+mod metrics;
+mod oom;
+mod pause;
+mod process;
+mod recovery;
+
+use anyhow::{Result, anyhow};
+use containerd_client::tonic::{Code, Status};
+use rekindle_harness::{Image, Node, NodeConfig, Runtime, container::Builder, images};
+use tokio::sync::OnceCell;
+
+struct Stage {
+    node: Node,
+    busybox: Image,
+}
+
+impl Stage {
+    /// A container of the busybox image.
+    fn container(&self, id: &str) -> Builder<'_> {
+        self.node.container(id).image(&self.busybox)
+    }
+}
+
+/// The node of a runtime, made by the first test that asks. It is never dropped: its keeper ends it after this program.
+async fn stage(runtime: Runtime) -> Result<Option<&'static Stage>> {
+    static GO: OnceCell<Result<Stage, String>> = OnceCell::const_new();
+    static REKINDLE: OnceCell<Result<Stage, String>> = OnceCell::const_new();
+    let (cell, name) = match runtime {
+        Runtime::Go => (&GO, "go"),
+        Runtime::Rekindle => (&REKINDLE, "rekindle"),
+    };
+    let wanted = std::env::var("REKINDLE_RUNTIMES").unwrap_or_else(|_| "go,rekindle".into());
+    if !wanted.split(',').any(|one| one.trim() == name) {
+        return Ok(None);
+    }
+    let make = async || -> Result<Stage> {
+        let busybox = images::busybox()?;
+        let node = Node::start(NodeConfig::new(runtime)?).await?;
+        node.import(&busybox).await?;
+        Ok(Stage { node, busybox })
+    };
+    // The error is kept: making the node again for each test would fail as often, only slower.
+    let made = cell
+        .get_or_init(async || make().await.map_err(|e| format!("{e:#}")))
+        .await;
+    made.as_ref().map(Some).map_err(|e| anyhow!("{e}"))
+}
+
+/// The code of a refusal; what was not refused is a failure.
+fn code<T>(answer: Result<T, Status>) -> Code {
+    answer.err().map_or(Code::Ok, |status| status.code())
+}
+
+macro_rules! both {
+    ($($module:ident { $($test:ident)* })*) => {
+        both!(@one go Go $($module { $($test)* })*);
+        both!(@one rekindle Rekindle $($module { $($test)* })*);
+    };
+    (@one $name:ident $runtime:ident $($module:ident { $($test:ident)* })*) => {
+        mod $name {
+            $(mod $module {
+                $(#[tokio::test]
+                async fn $test() -> anyhow::Result<()> {
+                    let Some(stage) = crate::stage(rekindle_harness::Runtime::$runtime).await? else { return Ok(()) };
+                    let outcome = crate::$module::$test(stage).await;
+                    outcome.map_err(|e| e.context(format!("containerd's log ends with\n{}", stage.node.log_tail(12))))
+                })*
+            })*
+        }
+    };
+}
+
+both! {
+    process {
+        a_created_task_has_a_pid_and_is_not_running
+        a_created_task_can_be_deleted
+        start_runs_it_once
+        exit_statuses_arrive
+        a_signal_counts_from_128
+        wait_answers_after_the_end_too
+        what_does_not_exist_is_not_found
+        a_second_task_of_the_same_id_is_refused
+        a_missing_program_fails_the_creation_and_leaves_nothing
+        kill_reaches_one_process
+        kill_all_ends_every_process
+        kill_after_the_exit_is_not_found
+        a_running_task_is_not_deleted
+        pids_are_those_of_the_cgroup
+        resources_can_be_updated
+        events_come_in_order
+        the_shim_tells_about_itself
+        the_shim_is_the_one_under_test
+        our_shim_answers_to_its_own_name
+        nothing_stays_after_delete
+    }
+    io {
+        stdout_and_stderr_stay_apart
+        large_output_arrives_whole
+        closing_stdin_ends_it
+        a_terminal_echoes_and_is_resized
+        no_stdio_is_fine
+    }
+    exec {
+        exec_has_its_own_environment_folder_and_user
+        exec_reports_its_own_status
+        exec_on_a_terminal
+        exec_stdin_can_be_closed
+        exec_is_killed_alone
+        a_second_exec_of_the_same_id_is_refused
+        a_missing_program_fails_the_exec_alone
+        exec_in_a_stopped_task_is_refused
+        the_inits_end_is_told_last
+    }
+    metrics {
+        metrics_tell_what_the_kubelet_asks_for
+    }
+    oom {
+        a_kill_for_want_of_memory_is_told_while_the_task_runs
+        an_end_for_want_of_memory_is_told_with_its_reason
+    }
+    pause {
+        a_paused_task_stands_still_and_goes_on
+        wait_on_a_paused_task_waits
+        sigkill_ends_a_paused_task
+        what_a_state_does_not_allow_is_refused
+    }
+    recovery {
+        containers_are_found_again_after_a_restart_of_containerd
+        an_exit_during_the_restart_leaves_nothing
+        a_killed_shim_leaves_nothing
+    }
+    checkpoint {
+        leave_running_goes_on_and_the_image_continues
+        exit_ends_the_task_and_the_image_continues
+        an_image_in_the_content_store_continues
+        a_paused_task_stays_paused_over_a_checkpoint
+        a_restored_task_can_be_checkpointed_again
+        a_created_task_is_not_checkpointed
+        a_broken_image_fails_the_start_and_leaves_nothing
+    }
+}
