@@ -94,6 +94,21 @@ impl Events {
         .await
     }
 
+    /// Waits until there are `count` events of a container; answers with all of it until now.
+    pub async fn until_all(&self, id: &str, count: usize) -> Result<Vec<Event>> {
+        let mut events = self.0.clone();
+        let enough =
+            |all: &Vec<Event>| all.iter().filter(|event| event.container == id).count() >= count;
+        let came = events.wait_for(enough);
+        match tokio::time::timeout(poll::DEADLINE, came).await {
+            Ok(Ok(_)) => Ok(self.of(id)),
+            _ => bail!(
+                "waited for {count} events of {id}; it had {:?}",
+                self.of(id)
+            ),
+        }
+    }
+
     async fn until_one(
         &self,
         id: &str,

@@ -18,6 +18,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use tokio::net::UnixListener;
 
 /// The containerd namespace of everything that does not come through CRI.
 pub const NAMESPACE: &str = "default";
@@ -42,8 +43,8 @@ pub struct NodeConfig {
     pub suite: Suite,
     /// `/etc/rekindle/config.toml`, where a test needs one.
     pub rekindle_toml: Option<String>,
-    /// Whether containerd and the shims log at debug.
-    pub debug: bool,
+    /// From where on containerd logs; at `debug` the shims do too.
+    pub log_level: &'static str,
     /// The state containerd starts with: [`NodeConfig::with_image`].
     seed: Option<PathBuf>,
 }
@@ -55,7 +56,7 @@ impl NodeConfig {
             runtime,
             suite: Suite::from_env()?,
             rekindle_toml: None,
-            debug: false,
+            log_level: "info",
             seed: None,
         })
     }
@@ -100,7 +101,7 @@ impl Node {
         fs::write(dir.join("init.sh"), include_str!("node/init.sh"))?;
         fs::write(
             dir.join("upper/etc/containerd/config.toml"),
-            config::containerd(config.suite, config.debug),
+            config::containerd(config.suite, config.log_level),
         )?;
         fs::write(
             dir.join("upper/etc/cni/net.d/10-rekindle.conflist"),
@@ -326,12 +327,17 @@ impl Node {
 
     /// Ends containerd (SIGTERM), and keeps its successor from coming until [`Node::start_containerd`].
     pub async fn stop_containerd(&self) -> Result<()> {
-        self.run([
-            "sh",
-            "-c",
-            "touch /run/containerd.hold; kill $(cat /run/containerd.pid)",
-        ])
-        .await?;
+        self.end_containerd("TERM").await
+    }
+
+    /// [`Node::stop_containerd`], without a warning (SIGKILL).
+    pub async fn kill_containerd(&self) -> Result<()> {
+        self.end_containerd("KILL").await
+    }
+
+    async fn end_containerd(&self, signal: &str) -> Result<()> {
+        let end = format!("touch /run/containerd.hold; kill -{signal} $(cat /run/containerd.pid)");
+        self.run(["sh", "-c", &end]).await?;
         let gone = "! kill -0 $(cat /run/containerd.pid) 2>/dev/null";
         poll::until("containerd's end", async || {
             Ok(self
@@ -348,6 +354,13 @@ impl Node {
     pub async fn start_containerd(&self) -> Result<()> {
         self.run(["rm", "/run/containerd.hold"]).await?;
         self.answers().await
+    }
+
+    /// Listens where containerd, which must be away, takes in the shims' events.
+    pub fn in_place_of_containerd(&self) -> Result<UnixListener> {
+        let socket = self.path("/run/containerd/containerd.sock.ttrpc");
+        fs::remove_file(&socket).with_context(|| format!("removing {}", socket.display()))?;
+        UnixListener::bind(&socket).with_context(|| format!("listening at {}", socket.display()))
     }
 
     async fn answers(&self) -> Result<()> {

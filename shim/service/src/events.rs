@@ -3,7 +3,7 @@
 //! containerd may be away when something happens: it is being restarted, or upgraded. An event is kept
 //! and tried again until it is delivered, and those behind it wait, so that no exit overtakes its start.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use containerd_shim::event::Event;
 use containerd_shim_protos::{
@@ -12,7 +12,7 @@ use containerd_shim_protos::{
     shim_async::{Client, EventsClient},
     ttrpc::{self, context},
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::warn;
 
 use crate::exits::timestamp;
@@ -32,7 +32,11 @@ const RETRY: [Duration; 4] = [
 
 /// Handle for whoever has something to report.
 #[derive(Debug, Clone)]
-pub(crate) struct Events(mpsc::Sender<Item>);
+pub(crate) struct Events {
+    queue: mpsc::Sender<Item>,
+    /// Cuts the wait between two attempts short.
+    hurry: Arc<Notify>,
+}
 
 #[derive(Debug)]
 enum Item {
@@ -43,12 +47,14 @@ enum Item {
 impl Events {
     /// Starts the forwarder. `address` is containerd's ttrpc socket.
     pub(crate) fn start(address: String, namespace: String) -> Self {
-        let (sender, mut receiver) = mpsc::channel(QUEUE);
+        let (queue, mut receiver) = mpsc::channel(QUEUE);
+        let hurry = Arc::new(Notify::new());
+        let mut link = Link {
+            address,
+            client: None,
+            hurry: Arc::clone(&hurry),
+        };
         tokio::spawn(async move {
-            let mut link = Link {
-                address,
-                client: None,
-            };
             while let Some(item) = receiver.recv().await {
                 match item {
                     Item::Event(mut envelope) => {
@@ -61,7 +67,7 @@ impl Events {
                 }
             }
         });
-        Self(sender)
+        Self { queue, hurry }
     }
 
     /// Queues an event; never waits.
@@ -71,15 +77,20 @@ impl Events {
         envelope.timestamp = timestamp(std::time::SystemTime::now());
         envelope.event = MessageField::some(pack(&event));
         let topic = envelope.topic.clone();
-        if self.0.try_send(Item::Event(Box::new(envelope))).is_err() {
+        if self
+            .queue
+            .try_send(Item::Event(Box::new(envelope)))
+            .is_err()
+        {
             warn!(%topic, "event dropped: {QUEUE} are waiting already");
         }
     }
 
-    /// Waits until everything queued so far was delivered.
+    /// Waits until everything queued so far was delivered, which is tried at once and not when it is due.
     pub(crate) async fn flush(&self) {
+        self.hurry.notify_one();
         let (sender, receiver) = oneshot::channel();
-        if self.0.send(Item::Flush(sender)).await.is_ok() {
+        if self.queue.send(Item::Flush(sender)).await.is_ok() {
             let _ = receiver.await;
         }
     }
@@ -97,6 +108,7 @@ fn pack(event: &dyn MessageDyn) -> Any {
 struct Link {
     address: String,
     client: Option<EventsClient>,
+    hurry: Arc<Notify>,
 }
 
 impl Link {
@@ -104,9 +116,11 @@ impl Link {
         let mut request = ForwardRequest::new();
         let topic = envelope.topic.clone();
         request.envelope = MessageField::some(envelope);
-        let mut waits = RETRY
-            .iter()
-            .chain(std::iter::repeat(&RETRY[RETRY.len() - 1]));
+        let waits = || {
+            let last = std::iter::repeat(&RETRY[RETRY.len() - 1]);
+            RETRY.iter().chain(last)
+        };
+        let mut pending = waits();
         loop {
             match self.forward(&request).await {
                 Ok(()) => return,
@@ -117,9 +131,12 @@ impl Link {
                 }
                 Err(error) => {
                     self.client = None;
-                    let wait = waits.next().copied().unwrap_or(ANSWER);
+                    let wait = pending.next().copied().unwrap_or(ANSWER);
                     tracing::debug!(%topic, %error, "containerd is away; the event waits");
-                    tokio::time::sleep(wait).await;
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        () = self.hurry.notified() => pending = waits(),
+                    }
                 }
             }
         }

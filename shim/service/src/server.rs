@@ -1,6 +1,6 @@
 //! The server: one per pod, until its last container is gone.
 
-use std::{collections::HashMap, fs, io, sync::Arc};
+use std::{collections::HashMap, fs, io, sync::Arc, time::Duration};
 
 use containerd_shim::Flags;
 use containerd_shim_protos::{
@@ -14,6 +14,10 @@ use crate::{
     exits::Exits, host::HostFacts, logging, node, sys, task::TaskService,
 };
 
+/// How long the last events may take. A containerd that runs takes them at once; one that starts ends the
+/// shims of dead containers first, and takes in events only when it is through with all of them.
+const LAST_EVENTS: Duration = Duration::from_secs(30);
+
 /// Serves until containerd asks for the end.
 pub(crate) fn run(flags: &Flags) -> Result<(), Error> {
     logging::start(flags.debug);
@@ -26,7 +30,7 @@ pub(crate) fn run(flags: &Flags) -> Result<(), Error> {
         .map_err(Error::io("starting the runtime"))?;
     let result = runtime.block_on(serve(flags));
     // A thread that is stuck in a system call does not keep the shim alive.
-    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    runtime.shutdown_timeout(Duration::from_secs(1));
     if let Err(error) = &result {
         tracing::error!(%error, "the shim ends");
     }
@@ -81,12 +85,12 @@ async fn serve(flags: &Flags) -> Result<(), Error> {
     }
     // The answer to `Shutdown` has to leave before the connection does.
     server.stop_listen().await;
-    // A containerd that asked for the end takes the last events at once.
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(3), events.flush()).await;
+    // Before the wait: the next shim of the pod may listen there.
     if let Some(path) = socket {
         let _ = fs::remove_file(path);
     }
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(3), server.shutdown()).await;
+    let _ = tokio::time::timeout(LAST_EVENTS, events.flush()).await;
+    let _ = tokio::time::timeout(Duration::from_secs(3), server.shutdown()).await;
     reaper.abort();
     Ok(())
 }

@@ -35,7 +35,7 @@ pub(crate) struct Measured {
 pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
     let mut prepared = model::prepare().await?;
     // The shim tells at debug how long each step took; both kinds of start pay for it.
-    prepared.config.debug = true;
+    prepared.config.log_level = "debug";
     let node = Node::start(prepared.config.clone()).await?;
     let _s3 = S3Server::start(&node, model::BUCKET, model::PREFIX, &prepared.weights).await?;
     let image = &prepared.image;

@@ -11,8 +11,7 @@ pub(super) const CNI: &str = r#"{"cniVersion": "1.0.0", "name": "rekindle", "plu
 
 /// containerd's configuration. `runc` is the shim it ships, `rekindle` is ours, registered as on a real node.
 /// Without CAP_SYS_RESOURCE a sandbox's negative OOM score cannot be set, hence `restrict_oom_score_adj`.
-pub(super) fn containerd(suite: Suite, debug: bool) -> String {
-    let level = if debug { "debug" } else { "info" };
+pub(super) fn containerd(suite: Suite, level: &str) -> String {
     let (version, runtime, sandbox_image, cni) = match suite {
         Suite::Forky => (
             3,

@@ -135,6 +135,8 @@ both! {
     recovery {
         containers_are_found_again_after_a_restart_of_containerd
         an_exit_during_the_restart_leaves_nothing
+        events_wait_for_containerd_in_their_order
+        the_exit_of_a_container_waits_for_containerd
         a_killed_shim_leaves_nothing
     }
     checkpoint {
