@@ -4,6 +4,7 @@
 //! a containerd with the runtime under test. [`images`] writes what runs on it. Nothing of a node outlives the process
 //! that started it, also when that process is killed: see `node/keeper.sh`.
 
+mod catch;
 pub mod container;
 pub mod counter;
 pub mod cri;

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -14,7 +14,7 @@ use containerd_shim_protos::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{error::Error, runc};
+use crate::{error::Error, rootfs, runc, threads::blocking};
 
 /// Largest config.json that is read. Kubernetes' largest pods stay below 1 MiB.
 const MAX_CONFIG: u64 = 32 << 20;
@@ -197,6 +197,21 @@ impl Remembered {
             .ok()
             .and_then(|text| serde_json::from_slice(&text).ok())
             .unwrap_or_default()
+    }
+}
+
+/// Removes the bundle of a container that is gone, as containerd would.
+pub(crate) async fn remove(bundle: &Path) {
+    rootfs::unmount_all(bundle);
+    // What is still mounted below it, the container's layer for one, must not be emptied.
+    if rootfs::mount_points(bundle).is_ok_and(|points| points.is_empty()) {
+        let folder = bundle.to_owned();
+        match blocking(move || fs::remove_dir_all(folder)).await {
+            Ok(Err(error)) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(bundle = %bundle.display(), %error, "removing a bundle");
+            }
+            _ => {}
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The container's root: containerd hands over mounts, the shim makes them.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -121,13 +121,21 @@ fn empty(upper: &Path) -> Result<(), Error> {
 
 /// Lazily unmounts everything at or below `target`; without mounts it does nothing.
 pub(crate) fn unmount_all(target: &Path) {
+    for point in mount_points(target).unwrap_or_default().into_iter().rev() {
+        let _ = nix::mount::umount2(
+            &point,
+            nix::mount::MntFlags::MNT_DETACH | nix::mount::MntFlags::UMOUNT_NOFOLLOW,
+        );
+    }
+}
+
+/// Where something is mounted at or below `target`, in the order in which it was.
+pub(crate) fn mount_points(target: &Path) -> io::Result<Vec<PathBuf>> {
     // The kernel's table has no symlinks in it; /var/run is one.
     let target = &fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
-    let Ok(table) = fs::read_to_string("/proc/self/mountinfo") else {
-        return;
-    };
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
     // Field 5 of mountinfo is the mount point, with blanks as octal escapes (proc(5)).
-    let mut points: Vec<PathBuf> = table
+    let points = table
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
         .map(|point| {
@@ -138,13 +146,6 @@ pub(crate) fn unmount_all(target: &Path) {
                     .replace("\\134", "\\"),
             )
         })
-        .filter(|point| point.starts_with(target))
-        .collect();
-    points.reverse();
-    for point in points {
-        let _ = nix::mount::umount2(
-            &point,
-            nix::mount::MntFlags::MNT_DETACH | nix::mount::MntFlags::UMOUNT_NOFOLLOW,
-        );
-    }
+        .filter(|point| point.starts_with(target));
+    Ok(points.collect())
 }

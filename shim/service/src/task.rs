@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -25,6 +26,7 @@ use containerd_shim_protos::{
 use tokio::sync::Notify;
 
 use crate::{
+    bundle,
     container::{Container, ExecRequest},
     context::Shared,
     criu::CheckpointRequest,
@@ -48,7 +50,10 @@ pub(crate) struct TaskService {
 /// A name is taken from the beginning of its create.
 #[derive(Debug)]
 enum Slot {
-    Creating,
+    /// Its create is under way, and `given_up` when containerd has cleaned up after it meanwhile.
+    Creating {
+        given_up: bool,
+    },
     There(Arc<Container>),
 }
 
@@ -81,13 +86,13 @@ impl TaskService {
         request: CreateTaskRequest,
         mut event: TaskCreate,
     ) -> Result<Arc<Container>, Error> {
-        let id = request.id.clone();
+        let (id, bundle) = (request.id.clone(), PathBuf::from(&request.bundle));
         {
             let mut containers = self.containers();
             if containers.contains_key(&id) {
                 return Err(Error::Exists(format!("container {id}")));
             }
-            containers.insert(id.clone(), Slot::Creating);
+            containers.insert(id.clone(), Slot::Creating { given_up: false });
         }
         // In tasks of their own: a caller that gives up must not stop it half-way, and a panic must not
         // keep the name.
@@ -104,40 +109,61 @@ impl TaskService {
             let created = creating
                 .await
                 .unwrap_or_else(|_| Err(Error::DriverGone(name.clone())));
-            {
-                let mut containers = this.containers();
-                match &created {
-                    Ok(container) => {
-                        containers.insert(name.clone(), Slot::There(Arc::clone(container)))
-                    }
-                    Err(_) => containers.remove(&name),
-                };
-            }
-            if let Err(Ok(orphan)) = reply.send(created) {
-                this.end_orphan(&orphan).await;
+            let given_up = this.settle(&name, &created);
+            let unheard = match given_up {
+                true => Some(created),
+                false => reply.send(created).err(),
+            };
+            if let Some(created) = unheard {
+                this.take_back(&name, &bundle, created).await;
             }
         });
         answer.await.unwrap_or(Err(Error::DriverGone(id)))
     }
 
-    /// Ends a container whose creator has given up: containerd has cleaned up after it already.
-    async fn end_orphan(&self, orphan: &Arc<Container>) {
-        let id = orphan.fixed.id.clone();
-        tracing::warn!(
-            id,
-            "the caller of its create is gone; the container is ended"
-        );
-        if orphan
-            .kill(libc::SIGKILL.cast_unsigned(), false)
-            .await
-            .is_ok()
-        {
-            orphan.wait().await;
+    /// Notes how a create ended. Says whether containerd has given it up: then the name stays taken until
+    /// nothing is left of it.
+    fn settle(&self, id: &str, created: &Result<Arc<Container>, Error>) -> bool {
+        let mut containers = self.containers();
+        let given_up = matches!(containers.get(id), Some(Slot::Creating { given_up: true }));
+        match created {
+            Ok(container) => {
+                containers.insert(id.to_owned(), Slot::There(Arc::clone(container)));
+            }
+            Err(_) if given_up => {}
+            Err(_) => {
+                containers.remove(id);
+            }
         }
-        if let Err(error) = orphan.delete().await {
-            tracing::warn!(id, %error, "deleting it");
+        given_up
+    }
+
+    /// Ends what nobody waits for any more. containerd has cleaned up after it already, at a time when
+    /// there was more to come: what it could not remove then, its bundle, is removed here.
+    async fn take_back(&self, id: &str, bundle: &Path, created: Result<Arc<Container>, Error>) {
+        match created {
+            Ok(orphan) => {
+                tracing::warn!(
+                    id,
+                    "the caller of its create is gone; the container is ended"
+                );
+                let signal = libc::SIGKILL.cast_unsigned();
+                if orphan.kill(signal, false).await.is_ok() {
+                    orphan.wait().await;
+                }
+                if let Err(error) = orphan.delete().await {
+                    tracing::warn!(id, %error, "deleting it");
+                }
+            }
+            Err(error) => tracing::warn!(id, %error, "a create whose caller is gone failed"),
         }
-        self.containers().remove(&id);
+        bundle::remove(bundle).await;
+        self.containers().remove(id);
+        self.end_if_asked();
+    }
+
+    /// Ends the shim once its last container is gone, where containerd has asked for that.
+    fn end_if_asked(&self) {
         if self.shutdown_asked.load(Ordering::Relaxed) && self.containers().is_empty() {
             self.shutdown.notify_one();
         }
@@ -202,6 +228,10 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
+        if let Some(Slot::Creating { given_up }) = self.containers().get_mut(&request.id) {
+            // containerd deletes what it is creating only when it has given that up.
+            *given_up = true;
+        }
         let container = self.container(&request.id)?;
         let (pid, exit) = if request.exec_id.is_empty() {
             let (view, exit) = container.delete().await?;
@@ -392,10 +422,7 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         self.shutdown_asked.store(true, Ordering::Relaxed);
-        // Only when the last container of the pod is gone.
-        if self.containers().is_empty() {
-            self.shutdown.notify_one();
-        }
+        self.end_if_asked();
         Ok(Empty::new())
     }
 }

@@ -3,13 +3,15 @@
 use super::{Answer, Container, ask};
 use crate::fifo::Stdio;
 use crate::{Image, Node, options::Options, spec};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use containerd_client::Client;
 use containerd_client::services::v1::snapshots::PrepareSnapshotRequest;
 use containerd_client::services::v1::{self as api, container::Runtime};
+use containerd_client::tonic::Status;
 use containerd_client::types::{Descriptor, Mount};
 use prost_types::Any;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// A container that is being described.
 #[derive(Debug)]
@@ -277,6 +279,28 @@ impl<'n> Prepared<'n> {
         let (container, created) = self.try_create().await;
         created.with_context(|| format!("creating the task of {}", container.id))?;
         Ok(container)
+    }
+
+    /// Asks for the task's creation and gives up after `limit`, as a kubelet does; the error, which there must be.
+    pub async fn create_within(self, limit: Duration) -> Result<(Container<'n>, Status)> {
+        let mut request = ask(self.request);
+        request.set_timeout(limit);
+        match self.container.client.tasks().create(request).await {
+            Err(given_up) => Ok((self.container, given_up)),
+            Ok(_) => bail!("{} was created within {limit:?}", self.container.id),
+        }
+    }
+
+    /// Asks for the task's creation and goes away once `gone` is over, without waiting for an answer.
+    pub async fn create_until(
+        self,
+        gone: impl Future<Output = Result<()>>,
+    ) -> Result<Container<'n>> {
+        let mut tasks = self.container.client.tasks();
+        tokio::select! {
+            _ = tasks.create(ask(self.request)) => bail!("{} was answered too early", self.container.id),
+            gone = gone => gone.map(|()| self.container),
+        }
     }
 
     async fn try_create(self) -> (Container<'n>, Answer<u32>) {

@@ -2,7 +2,7 @@
 
 use crate::heap::heap;
 use crate::stage::{RESTORE_FROM, Stage, counts_to};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rekindle_harness::container::State;
@@ -22,35 +22,6 @@ async fn partial(stage: &Stage) -> Result<Vec<String>> {
     Ok(found.lines().map(str::to_owned).collect())
 }
 
-/// Waits for a process of the node, looking all the time, and sends it a signal.
-async fn catch(stage: &Stage, words: &[&str], signal: Signal) -> Result<Pid> {
-    let look = async {
-        loop {
-            for (pid, line) in stage.node.processes()? {
-                if words.iter().all(|word| line.contains(word)) {
-                    let pid = Pid::from_raw(pid.try_into()?);
-                    // It may be gone, or be at its end: runc asks CRIU for its version first.
-                    let sent = kill(pid, signal).is_ok();
-                    if sent && (signal != Signal::SIGSTOP || stands_still(pid)) {
-                        return anyhow::Ok(pid);
-                    }
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    };
-    tokio::time::timeout(poll::DEADLINE, look)
-        .await
-        .with_context(|| format!("no process with {words:?} was seen"))?
-}
-
-fn stands_still(pid: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ")
-        .next()
-        .is_some_and(|rest| rest.starts_with('T'))
-}
-
 pub(crate) async fn the_shim_is_killed_during_a_checkpoint(stage: &Stage) -> Result<()> {
     let task = heap(stage, "shim-dies").run().await?;
     counts_to(task.io().out()?, 1).await?;
@@ -58,7 +29,7 @@ pub(crate) async fn the_shim_is_killed_during_a_checkpoint(stage: &Stage) -> Res
     let args = ["checkpoint", "shim-dies", "--name", "shim-dies"];
     let strike = async {
         // The dump has begun, and stands still.
-        catch(stage, &["criu", "swrk"], Signal::SIGSTOP).await?;
+        stage.node.catch(&["criu", "swrk"], Signal::SIGSTOP).await?;
         Ok::<_, anyhow::Error>(kill(Pid::from_raw(shim.try_into()?), Signal::SIGKILL)?)
     };
     let (output, struck) = tokio::join!(stage.rekindle(&args), strike);
@@ -83,13 +54,11 @@ pub(crate) async fn the_command_is_killed_during_a_checkpoint(stage: &Stage) -> 
     let before = counts_to(task.io().out()?, 2).await?;
     let args = ["checkpoint", "command-dies", "--name", "command-dies"];
     let strike = async {
-        let dump = catch(stage, &["criu", "swrk"], Signal::SIGSTOP).await?;
-        catch(
-            stage,
-            &["rekindle checkpoint command-dies"],
-            Signal::SIGKILL,
-        )
-        .await?;
+        let dump = stage.node.catch(&["criu", "swrk"], Signal::SIGSTOP).await?;
+        stage
+            .node
+            .catch(&["rekindle checkpoint command-dies"], Signal::SIGKILL)
+            .await?;
         Ok::<_, anyhow::Error>(kill(dump, Signal::SIGCONT)?)
     };
     let (output, struck) = tokio::join!(stage.rekindle(&args), strike);
@@ -122,7 +91,7 @@ pub(crate) async fn calls_are_answered_while_a_restore_runs(stage: &Stage) -> Re
     let at = counts_to(task.io().out()?, before.n).await?;
     let warm = stage.warm("slow-2", "slow").create().await?;
     let meanwhile = async {
-        let criu = catch(stage, &["criu", "swrk"], Signal::SIGSTOP).await?;
+        let criu = stage.node.catch(&["criu", "swrk"], Signal::SIGSTOP).await?;
         let since = Instant::now();
         let state = warm.state().await?;
         let took = since.elapsed();
@@ -153,7 +122,7 @@ pub(crate) async fn a_restore_is_killed(stage: &Stage) -> Result<()> {
         .create()
         .await?;
     let meanwhile = async {
-        catch(stage, &["criu", "swrk"], Signal::SIGSTOP).await?;
+        stage.node.catch(&["criu", "swrk"], Signal::SIGSTOP).await?;
         let since = Instant::now();
         warm.kill(9).await?;
         Ok::<_, anyhow::Error>(since.elapsed())

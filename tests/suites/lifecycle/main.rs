@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod exec;
+mod given_up;
 mod io;
 mod metrics;
 mod oom;
@@ -100,6 +101,10 @@ both! {
         the_shim_is_the_one_under_test
         our_shim_answers_to_its_own_name
         nothing_stays_after_delete
+    }
+    given_up {
+        a_create_past_its_deadline_is_taken_back
+        a_create_whose_caller_went_away_is_taken_back
     }
     io {
         stdout_and_stderr_stay_apart
