@@ -11,7 +11,10 @@ use crate::node::{NAMESPACE, Node};
 use crate::options::CheckpointOptions;
 use crate::poll;
 use containerd_client::Client;
-use containerd_client::services::v1::{self as api, snapshots::RemoveSnapshotRequest};
+use containerd_client::services::v1::{
+    self as api,
+    snapshots::{MountsRequest, RemoveSnapshotRequest},
+};
 use containerd_client::tonic::{Code, Request, Status};
 use containerd_client::types::v1::Process;
 use containerd_client::types::{Descriptor, Metric, v1};
@@ -364,6 +367,25 @@ impl<'n> Container<'n> {
             .await?
             .into_inner()
             .pid)
+    }
+
+    /// The next task of this container, which has none any more, over the layer that the last one has written.
+    pub async fn next_task(mut self) -> anyhow::Result<(Container<'n>, Answer<u32>)> {
+        let mounts = MountsRequest {
+            snapshotter: "overlayfs".into(),
+            key: self.snapshot.clone(),
+        };
+        let mounts = self.client.snapshots().mounts(ask(mounts)).await?;
+        self.io = Stdio::open(self.node, &format!("{}-next", self.id), false, false)?;
+        let request = api::CreateTaskRequest {
+            container_id: self.id.clone(),
+            rootfs: mounts.into_inner().mounts,
+            stdout: self.io.stdout.clone(),
+            stderr: self.io.stderr.clone(),
+            ..Default::default()
+        };
+        let created = self.client.tasks().create(ask(request)).await;
+        Ok((self, created.map(|answer| answer.into_inner().pid)))
     }
 
     /// Asks for one more process of an exec id that is taken.

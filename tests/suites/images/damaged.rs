@@ -206,3 +206,17 @@ pub(crate) async fn a_manifest_of_another_image(stage: &Stage) -> Result<()> {
     copy.change_manifest(|manifest| manifest["namespace"] = "platform".into())?;
     refuses(stage, "moved", &["platform/moved-copy"]).await
 }
+
+/// Of right checksum too: a claim of 4 TB, which whoever believed it would have to find room for.
+pub(crate) async fn a_pagemap_that_claims_a_billion_pages(stage: &Stage) -> Result<()> {
+    let copy = copy(stage, "greedy").await?;
+    copy.reseal("criu/pagemap-1.img", |bytes| {
+        // One more run: vaddr = 1 << 47, beyond all others, and nr_pages = 10^9 in both fields, lazy and present.
+        let address = [8, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x20];
+        let billion = [0x80, 0x94, 0xeb, 0xdc, 0x03];
+        let run = [&address[..], &[16], &billion, &[32, 6, 40], &billion].concat();
+        bytes.extend_from_slice(&u32::try_from(run.len()).unwrap_or_default().to_le_bytes());
+        bytes.extend_from_slice(&run);
+    })?;
+    refuses(stage, "greedy", &["pagemap-1.img", "claims 1000"]).await
+}

@@ -2,11 +2,11 @@
 
 use crate::heap::heap;
 use crate::stage::{RESTORE_FROM, Stage, counts_to};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rekindle_harness::container::State;
-use rekindle_harness::poll;
+use rekindle_harness::{Count, poll};
 use std::time::{Duration, Instant};
 
 /// The folders of images that are being made, or were.
@@ -109,6 +109,76 @@ pub(crate) async fn calls_are_answered_while_a_restore_runs(stage: &Stage) -> Re
     crate::stage::continues(&warm, &before, at.n).await?;
     warm.remove().await?;
     task.remove().await
+}
+
+/// In one pod, and so in one shim. The restore stands still; what waited for it would not be answered.
+pub(crate) async fn a_long_restore_delays_nobody_else(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod("long-old").run().await?;
+    let task = old.container("main").args(&["/counter"]).run().await?;
+    let before = task.counts_to(3).await?;
+    stage
+        .checkpoint("long-old/main", "long", &["--exit"])
+        .await?;
+    let at = Count::last(&task.said("stdout")?).context("the counter said nothing")?;
+    old.remove().await?;
+
+    let pod = cri.pod("long-new").annotation(RESTORE_FROM, "long");
+    let pod = pod.annotation("rekindle.dev/container", "main");
+    let pod = pod.run().await?;
+    let beside = pod.container("beside").args(&["/counter"]).run().await?;
+    let doomed = pod.container("doomed").args(&["/counter"]).run().await?;
+    let warm = pod.container("main").args(&["/counter"]).create().await?;
+    let calls = async {
+        assert_eq!(beside.shell("echo answered").await?, "answered");
+        doomed.stop(0).await?;
+        assert_eq!(doomed.ended().await?.exit_code, 137);
+        doomed.remove().await?;
+        let more = pod.container("more").shell("exit 7").run().await?;
+        assert_eq!(more.ended().await?.exit_code, 7);
+        // containerd asks for the state of each; what is being restored is not running yet.
+        let ctr = ["ctr", "--namespace", "k8s.io", "tasks", "ls"];
+        let listed = stage.node.run(ctr).await?;
+        let state = |id: &str| {
+            let mut line = listed
+                .lines()
+                .find(|line| line.starts_with(id))?
+                .split_whitespace();
+            line.nth(2).map(str::to_owned)
+        };
+        assert_eq!(state(beside.id()).as_deref(), Some("RUNNING"), "{listed}");
+        assert_eq!(state(warm.id()).as_deref(), Some("CREATED"), "{listed}");
+        let ctr = [
+            "ctr",
+            "--namespace",
+            "k8s.io",
+            "tasks",
+            "exec",
+            "--exec-id",
+            "early",
+        ];
+        let exec = [&ctr[..], &[warm.id(), "true"]].concat();
+        let mut exec = tokio::process::Command::from(stage.node.command(&exec));
+        let refused = exec.kill_on_drop(true).output().await?;
+        ensure!(
+            !refused.status.success(),
+            "something ran in it: {refused:?}"
+        );
+        anyhow::Ok(())
+    };
+    let meanwhile = async {
+        let criu = stage.node.catch(&["criu", "swrk"], Signal::SIGSTOP).await?;
+        // Less than a restore may take: nothing ends in the meantime by itself.
+        let answered = tokio::time::timeout(poll::DEADLINE, calls).await;
+        kill(criu, Signal::SIGCONT)?;
+        answered.context("a call waited for the restore of another container")?
+    };
+    let (started, met) = tokio::join!(warm.start(), meanwhile);
+    met?;
+    started?;
+    warm.counts_to(at.n + 3).await?;
+    before.continues_in(&warm.said("stdout")?, at.n)?;
+    pod.remove().await
 }
 
 pub(crate) async fn a_restore_is_killed(stage: &Stage) -> Result<()> {

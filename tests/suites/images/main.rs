@@ -10,6 +10,7 @@ mod pods;
 mod refused;
 mod stage;
 mod tasks;
+mod unmade;
 
 macro_rules! tests {
     ($($name:ident $nodes:ident { $($module:ident { $($test:ident)* })* })*) => {
@@ -79,6 +80,7 @@ images! {
             opportunistic_starts_cold
             criu_refuses_and_nothing_stays
             criu_refuses_and_opportunistic_starts_cold_from_a_clean_root
+            a_layer_that_was_written_is_refused_and_kept
         }
         damaged {
             one_flipped_byte_in_any_file
@@ -87,6 +89,12 @@ images! {
             an_extra_file
             a_link_in_place_of_a_file
             a_manifest_of_another_image
+            a_pagemap_that_claims_a_billion_pages
+        }
+        unmade {
+            of_a_shared_pid_namespace
+            of_a_user_namespace
+            of_gpu_devices
         }
     }
     alone {
@@ -94,6 +102,7 @@ images! {
             the_shim_is_killed_during_a_checkpoint
             the_command_is_killed_during_a_checkpoint
             calls_are_answered_while_a_restore_runs
+            a_long_restore_delays_nobody_else
             a_restore_is_killed
         }
         heap {

@@ -226,3 +226,37 @@ pub(crate) async fn criu_refuses_and_opportunistic_starts_cold_from_a_clean_root
     cold.remove().await?;
     stage.node.is_rid_of("fallback-2").await
 }
+
+/// What an earlier task of the container wrote is nobody's to remove, least of all when it keeps an image out.
+pub(crate) async fn a_layer_that_was_written_is_refused_and_kept(stage: &Stage) -> Result<()> {
+    image_of(stage, stage.container("layer"), "layer").await?;
+    for policy in ["Required", "Opportunistic"] {
+        let id = format!("layer-{}", policy.to_lowercase());
+        let line = "cat /root/mine; exec /counter";
+        let container = stage.container(&id).shell(line).annotation(POLICY, policy);
+        let first = container.annotation(RESTORE_FROM, "layer").run().await?;
+        shell(&first, "write", "echo mine > /root/mine").await?;
+        first.kill(9).await?;
+        first.wait().await?;
+        first.delete().await?;
+        let written = stage.node.layer_of(&id).await?;
+        let (next, created) = first.next_task().await?;
+        match created {
+            Err(refusal) if policy == "Required" => {
+                one_sentence(&refusal, &["its writable layer is not empty"])?;
+                stage.node.is_rid_of(&id).await?;
+            }
+            Ok(_) if policy == "Opportunistic" => {
+                next.start().await?;
+                counts_to(next.io().out()?, 2).await?;
+                let said = next.io().out()?.so_far();
+                ensure!(said.starts_with("mine\n"), "its file is gone: {said}");
+                ensure!(said.contains(" 1\n"), "it did not start cold: {said}");
+            }
+            other => anyhow::bail!("under {policy} the answer was {other:?}"),
+        }
+        assert_eq!(stage.node.layer_of(&id).await?, written);
+        next.remove().await?;
+    }
+    Ok(())
+}
