@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -20,6 +21,8 @@ use crate::{error::Error, rootfs, runc, threads::blocking};
 const MAX_CONFIG: u64 = 32 << 20;
 /// What the `delete` command needs to know after the shim was killed.
 const REMEMBERED: &str = "rekindle-shim.json";
+/// Under Kubernetes lent by the sandbox.
+pub(crate) const SHM: &str = "/dev/shm";
 /// Names runc's CRIU configuration file (runc `docs/checkpoint-restore.md`).
 const CRIU_CONFIG_KEY: &str = "org.criu.config";
 
@@ -373,6 +376,25 @@ impl Spec {
         lends.then(|| mount.source.into())
     }
 
+    /// Why an image must neither take the container's `/dev/shm` nor replace it, where that is the node's
+    /// own. CRI lends it to a pod with `hostIPC` in place of the sandbox's. A tmpfs of the container's own
+    /// is nobody else's, also without an IPC namespace.
+    pub(crate) fn shm_of_the_node(&self) -> Option<&'static str> {
+        let source = self.bind_source(SHM)?;
+        if !same_file(&source, Path::new(SHM)) {
+            return None;
+        }
+        let shares_ipc = match self.namespace_path("ipc") {
+            Some(path) => same_file(&path, Path::new("/proc/self/ns/ipc")),
+            None => !self.has_namespace("ipc"),
+        };
+        Some(if shares_ipc {
+            "it shares the node's IPC namespace (hostIPC) and with it the node's /dev/shm, which an image would take along and a restore replace"
+        } else {
+            "its /dev/shm is the node's (a hostPath volume), which an image would take along and a restore replace"
+        })
+    }
+
     /// Adds a read-only bind of `source` at `destination`; one that is there already is replaced.
     pub(crate) fn bind_read_only(&mut self, source: &Path, destination: &str) {
         let mount = json!({
@@ -401,6 +423,12 @@ impl Spec {
         let before = annotations.insert(CRIU_CONFIG_KEY.to_owned(), json!(file));
         before.and_then(|value| value.as_str().map(PathBuf::from))
     }
+}
+
+/// Whether two paths lead to one file, folder or namespace.
+fn same_file(one: &Path, other: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+    identity(one).is_some_and(|id| identity(other) == Some(id))
 }
 
 #[cfg(test)]

@@ -52,6 +52,14 @@ impl<'n> PodBuilder<'n> {
         self
     }
 
+    /// Lets it share the node's IPC namespace (`hostIPC`).
+    pub fn host_ipc(mut self) -> Self {
+        if let Some(options) = self.namespaces() {
+            options.ipc = api::NamespaceMode::Node as i32;
+        }
+        self
+    }
+
     /// Gives it a user namespace of its own (`hostUsers: false`).
     pub fn own_users(mut self) -> Self {
         let mapping = api::IdMapping {

@@ -76,6 +76,7 @@ images! {
             another_kind_of_stdio
             a_shared_pid_namespace
             a_user_namespace
+            the_nodes_ipc_namespace
             other_mounts
             opportunistic_starts_cold
             criu_refuses_and_nothing_stays
@@ -95,6 +96,8 @@ images! {
             of_a_shared_pid_namespace
             of_a_user_namespace
             of_gpu_devices
+            of_the_nodes_ipc_namespace
+            none_of_its_own_ipc_namespace_is_no_reason
         }
     }
     alone {

@@ -141,6 +141,44 @@ pub(crate) async fn a_user_namespace(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
+/// Its /dev/shm is the node's, and an image's would replace it.
+pub(crate) async fn the_nodes_ipc_namespace(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let line = "echo image > /dev/shm/of-the-node; exec /counter";
+    let old = cri.pod("own-ipc").run().await?;
+    let task = old.container("main").shell(line).run().await?;
+    task.counts_to(2).await?;
+    stage.checkpoint("own-ipc/main", "own-ipc", &[]).await?;
+    old.remove().await?;
+    let nodes = "echo node > /dev/shm/of-the-node";
+    stage.node.run(["sh", "-c", nodes]).await?;
+
+    let pod = cri
+        .pod("host-ipc")
+        .host_ipc()
+        .annotation(RESTORE_FROM, "own-ipc");
+    let pod = pod.run().await?;
+    let task = pod.container("main").shell(line).create().await?;
+    let refusal = task.start().await.err().context("it was restored")?;
+    one_sentence(
+        &refusal,
+        &["shares the node's IPC namespace (hostIPC)", "/dev/shm"],
+    )?;
+    pod.remove().await?;
+    let pod = cri
+        .pod("host-ipc-cold")
+        .host_ipc()
+        .annotation(POLICY, "Opportunistic");
+    let pod = pod.annotation(RESTORE_FROM, "own-ipc").run().await?;
+    let task = pod.container("main").args(&["/counter"]).run().await?;
+    task.counts_to(2).await?;
+    assert!(task.said("stdout")?.contains(" 1\n"));
+    assert_eq!(task.shell("cat /dev/shm/of-the-node").await?, "node");
+    pod.remove().await?;
+    stage.node.run(["rm", "/dev/shm/of-the-node"]).await?;
+    Ok(())
+}
+
 pub(crate) async fn other_mounts(stage: &Stage) -> Result<()> {
     image_of(stage, stage.container("bare"), "bare").await?;
     let more = stage
@@ -172,8 +210,13 @@ pub(crate) async fn opportunistic_starts_cold(stage: &Stage) -> Result<()> {
 /// An image whose checksums are right and whose files CRIU cannot use: what comes after the verification.
 async fn unusable(stage: &Stage, id: &str) -> Result<String> {
     image_of(stage, stage.container(id), id).await?;
-    let name = format!("{id}-unusable");
-    let copy = Copy::of(stage, id, &name)?;
+    spoil(stage, id)
+}
+
+/// Makes an unusable copy of a counter's image; its name.
+pub(crate) fn spoil(stage: &Stage, image: &str) -> Result<String> {
+    let name = format!("{image}-unusable");
+    let copy = Copy::of(stage, image, &name)?;
     // An open file that lies nowhere.
     copy.reseal("criu/files.img", |bytes| {
         let (from, to) = (b"/counter".as_slice(), b"/c0unter".as_slice());

@@ -1,7 +1,8 @@
 //! Containers of which no image is made: the command says why, and they run on as before.
 
-use crate::stage::{Stage, counts_to};
+use crate::stage::{Stage, counts_to, shell};
 use anyhow::{Result, ensure};
+use rekindle_harness::container::Builder;
 use serde_json::json;
 
 /// Asserts that no image `name` is made of a container, in one sentence with all of `words`, and that nothing of the
@@ -85,5 +86,42 @@ pub(crate) async fn of_gpu_devices(stage: &Stage) -> Result<()> {
     let words = ["/dev/nvidia0", "built without GPU support"];
     is_refused(stage, "unmade-gpu", "unmade-gpu", &words).await?;
     counts_to(task.io().out()?, before.n + 5).await?;
+    task.remove().await
+}
+
+/// Its /dev/shm is the node's.
+pub(crate) async fn of_the_nodes_ipc_namespace(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let pod = cri.pod("unmade-ipc").host_ipc().run().await?;
+    let task = pod.container("main").args(&["/counter"]).run().await?;
+    let before = task.counts_to(2).await?;
+    let words = ["shares the node's IPC namespace (hostIPC)", "/dev/shm"];
+    is_refused(stage, "unmade-ipc/main", "unmade-ipc", &words).await?;
+    task.counts_to(before.n + 5).await?;
+    pod.remove().await
+}
+
+/// A /dev/shm of the container's own is nobody else's, whatever the namespace.
+pub(crate) async fn none_of_its_own_ipc_namespace_is_no_reason(stage: &Stage) -> Result<()> {
+    fn without_ipc(container: Builder<'_>) -> Builder<'_> {
+        container.change_spec(|spec| {
+            if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+                namespaces.retain(|namespace| namespace["type"] != "ipc");
+            }
+            // mqueue belongs to the namespace that is not its own.
+            if let Some(mounts) = spec["mounts"].as_array_mut() {
+                mounts.retain(|mount| mount["destination"] != "/dev/mqueue");
+            }
+        })
+    }
+    let line = "echo own > /dev/shm/note; exec /counter";
+    let task = without_ipc(stage.container("no-ipc").shell(line));
+    let task = task.run().await?;
+    counts_to(task.io().out()?, 3).await?;
+    stage.checkpoint("no-ipc", "no-ipc", &[]).await?;
+    let warm = without_ipc(stage.warm("no-ipc-2", "no-ipc")).run().await?;
+    counts_to(warm.io().out()?, 5).await?;
+    assert_eq!(shell(&warm, "shm", "cat /dev/shm/note").await?, "own");
+    warm.remove().await?;
     task.remove().await
 }

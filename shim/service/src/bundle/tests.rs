@@ -79,3 +79,34 @@ fn a_bundle_without_or_with_a_huge_config_is_named() {
             .contains("config.json")
     );
 }
+
+#[test]
+fn the_nodes_shm_is_told_from_the_pods_and_from_the_containers_own() {
+    let reason = |namespaces: Value, mount: Value| {
+        let mut mount = mount;
+        mount["destination"] = "/dev/shm".into();
+        let json = json!({"linux": {"namespaces": namespaces}, "mounts": [mount]});
+        let path = PathBuf::new();
+        Spec { path, json }.shm_of_the_node()
+    };
+    let bind = |source: &str| json!({"type": "bind", "source": source, "options": ["rbind", "rw"]});
+    let pods = tempfile::tempdir().unwrap();
+    let pods = bind(pods.path().to_str().unwrap());
+    let own_tmpfs = json!({"type": "tmpfs", "source": "shm"});
+    let (none, own) = (json!([]), json!([{"type": "ipc"}]));
+    let hosts = json!([{"type": "ipc", "path": "/proc/self/ns/ipc"}]);
+    for namespaces in [&none, &own, &hosts] {
+        assert_eq!(reason(namespaces.clone(), own_tmpfs.clone()), None);
+        assert_eq!(reason(namespaces.clone(), pods.clone()), None);
+    }
+    for namespaces in [&none, &hosts] {
+        // However it is written.
+        for source in ["/dev/shm", "/dev/../dev/shm/"] {
+            let said = reason(namespaces.clone(), bind(source)).unwrap();
+            assert!(said.contains("(hostIPC)"), "{said}");
+        }
+    }
+    assert!(reason(own, bind("/dev/shm")).unwrap().contains("hostPath"));
+    let read_only = json!({"type": "bind", "source": "/dev/shm", "options": ["rbind", "ro"]});
+    assert_eq!(reason(none, read_only), None);
+}

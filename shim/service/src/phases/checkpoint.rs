@@ -45,6 +45,9 @@ pub(crate) async fn run(
     fs::create_dir_all(&work).map_err(Error::file("creating", &work))?;
 
     let destination = step(id, "where", destination(fixed, request)).await?;
+    if destination.is_some() {
+        refuse_image(fixed, &spec)?;
+    }
     // Frozen by runc before CRIU looks: on cgroup v1 a tree that forks can keep CRIU's own freezing from
     // ever ending, which runc knows how to get round. With exit they stay frozen until their end: what
     // they did after the dump would be in nobody's image.
@@ -54,10 +57,7 @@ pub(crate) async fn run(
         step(id, "hold", async { Ok(fixed.runc.pause().await?) }).await?;
     }
     let made = match destination {
-        Some(partial) => match refuse_image(fixed, &spec) {
-            Ok(()) => sealed(fixed, pid, &spec, facts, partial, &work, release).await,
-            Err(error) => Err(error),
-        },
+        Some(partial) => sealed(fixed, pid, &spec, facts, partial, &work, release).await,
         None => plainly(fixed, request, &facts, &work, release).await,
     };
     if let Err(error) = made {
@@ -100,6 +100,8 @@ fn refuse_image(fixed: &Fixed, spec: &Spec) -> Result<(), Error> {
         "it shares a PID namespace (shareProcessNamespace or hostPID), so no other container could be restored from it"
     } else if spec.has_namespace("user") {
         "it has a user namespace (hostUsers: false), which CRIU cannot restore into"
+    } else if let Some(reason) = spec.shm_of_the_node() {
+        reason
     } else {
         return Ok(());
     };

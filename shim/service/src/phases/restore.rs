@@ -170,6 +170,8 @@ fn refuse(id: &str, spec: &Spec, request: &CreateTaskRequest) -> Result<(), Erro
         "it shares a PID namespace (shareProcessNamespace or hostPID), in which the image's pids may be taken"
     } else if spec.has_namespace("user") {
         "it has a user namespace (hostUsers: false), which CRIU cannot restore into"
+    } else if let Some(reason) = spec.shm_of_the_node() {
+        reason
     } else {
         return Ok(());
     };
