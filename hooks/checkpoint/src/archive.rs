@@ -18,9 +18,11 @@ use std::{
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 mod attributes;
+mod made;
 mod pack;
 mod unpack;
 
+pub use made::Made;
 pub use pack::{Packed, pack, pack_with_deleted};
 pub use unpack::{Existing, Unpacked, unpack};
 

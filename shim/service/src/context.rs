@@ -3,12 +3,10 @@
 
 use std::{
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use rekindle_checkpoint::archive::{Made, open_dir};
 use rekindle_core::{config::NodeConfig, plan::Plan};
 
 use crate::{
@@ -21,6 +19,7 @@ use crate::{
     host::HostFacts,
     rootfs::Rootfs,
     runc::Runc,
+    threads::blocking,
 };
 
 /// What every create of this shim shares.
@@ -36,6 +35,15 @@ pub(crate) struct Shared {
     pub(crate) data: Data,
 }
 
+/// What a create has put where others keep things too: only that may be removed again.
+#[derive(Debug, Default)]
+pub(crate) struct Staged {
+    /// Whether there is something of it in the writable layer, which was empty before.
+    pub(crate) upper: bool,
+    /// What it made in the `/dev/shm` of the pod, and where that lies.
+    pub(crate) shm: Option<(PathBuf, Made)>,
+}
+
 /// Everything of a container that does not change.
 #[derive(Debug)]
 pub(crate) struct Fixed {
@@ -49,8 +57,7 @@ pub(crate) struct Fixed {
     /// Held so that no dataset is removed under it.
     pub(crate) _datasets: Vec<DatasetMount>,
     pub(crate) criu: CriuConfig,
-    /// Whether this create has put something into the writable layer: only that may be removed again.
-    pub(crate) staged: Arc<AtomicBool>,
+    pub(crate) staged: Mutex<Staged>,
     /// The spec's `cgroupsPath`.
     pub(crate) cgroup: Option<String>,
     /// Device nodes of a GPU: what makes a checkpoint impossible in this build.
@@ -61,11 +68,20 @@ pub(crate) struct Fixed {
 }
 
 impl Fixed {
+    pub(crate) fn staged(&self) -> MutexGuard<'_, Staged> {
+        self.staged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Removes what runc has of the container, and what was staged for it.
     pub(crate) async fn take_back(&self) -> Result<(), Error> {
         self.runc.remove(self.cgroup.as_deref()).await?;
         self.rootfs.unmount();
-        if self.staged.swap(false, Ordering::Relaxed) {
+        let Staged { upper, shm } = std::mem::take(&mut *self.staged());
+        if let Some((folder, made)) = shm {
+            // A pod that is gone has none any more.
+            blocking(move || open_dir(&folder).map(|folder| made.remove(&folder)).ok()).await?;
+        }
+        if upper {
             self.rootfs.clear_upper().await?;
         }
         Ok(())

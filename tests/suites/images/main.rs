@@ -66,6 +66,7 @@ images! {
             another_namespaces_image_is_refused_at_the_sandbox
             a_refused_image_fails_the_start_with_its_reason
             more_than_the_pod_allows_is_refused
+            a_cold_start_finds_the_shm_of_its_pod_and_nothing_of_the_image
         }
         refused {
             what_does_not_exist

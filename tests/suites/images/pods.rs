@@ -1,5 +1,6 @@
 //! Through CRI, into a new pod.
 
+use crate::refused::spoil;
 use crate::stage::{POLICY, RESTORE_FROM, Stage, one_sentence};
 use anyhow::{Context, Result, ensure};
 use rekindle_harness::Count;
@@ -330,4 +331,34 @@ pub(crate) async fn more_than_the_pod_allows_is_refused(stage: &Stage) -> Result
         one_sentence(&refusal, &[word])?;
     }
     Ok(())
+}
+
+/// The image's files are in the /dev/shm that the pod's containers share when CRIU fails.
+pub(crate) async fn a_cold_start_finds_the_shm_of_its_pod_and_nothing_of_the_image(
+    stage: &Stage,
+) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod("staged-old").run().await?;
+    let line =
+        "cd /dev/shm; mkdir -p both own; echo image | tee note both/note own/note; exec /counter";
+    let task = old.container("main").shell(line).run().await?;
+    task.counts_to(2).await?;
+    stage.checkpoint("staged-old/main", "staged", &[]).await?;
+    old.remove().await?;
+
+    let pod = cri.pod("staged-new").annotation(CONTAINER, "main");
+    let pod = pod.annotation(RESTORE_FROM, &spoil(stage, "staged")?);
+    let pod = pod.annotation(POLICY, "Opportunistic").run().await?;
+    let line = "cd /dev/shm; mkdir both; echo theirs | tee kept both/kept; exec /counter";
+    let beside = pod.container("beside").shell(line).run().await?;
+    beside.counts_to(1).await?;
+    let main = pod.container("main").args(&["/counter"]).run().await?;
+    main.counts_to(2).await?;
+    assert!(main.said("stdout")?.contains(" 1\n"));
+    assert_eq!(
+        main.shell("cd /dev/shm; find . -type f | sort | xargs cat; find . | sort")
+            .await?,
+        "theirs\ntheirs\n.\n./both\n./both/kept\n./kept"
+    );
+    pod.remove().await
 }

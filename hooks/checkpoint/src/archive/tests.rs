@@ -370,6 +370,71 @@ fn what_a_pod_shares_is_replaced_and_what_was_there_stays_after_a_failure() {
     assert_eq!(fs::read(into.join("other")).unwrap(), b"stays");
 }
 
+/// A reader that fails when half of its bytes are read.
+struct Half(File, u64);
+
+impl Read for Half {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let wanted = buffer.len().min(usize::try_from(self.1).unwrap());
+        match self.0.read(&mut buffer[..wanted])? {
+            0 => Err(io::ErrorKind::TimedOut.into()),
+            read => {
+                self.1 -= read as u64;
+                Ok(read)
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_put_among_the_files_of_others_is_taken_back_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let (from, into) = (root.path().join("from"), root.path().join("into"));
+    for folder in ["from/both", "from/new", "into/both"] {
+        fs::create_dir_all(root.path().join(folder)).unwrap();
+    }
+    for name in ["both/mine", "new/mine", "new/last", "sem"] {
+        fs::write(from.join(name), "m".repeat(10_000)).unwrap();
+    }
+    fs::write(into.join("sem"), "theirs").unwrap();
+    fs::write(into.join("both/theirs"), "theirs").unwrap();
+    let tar = root.path().join("a.tar");
+    pack(&open_dir(&from).unwrap(), &tar).unwrap();
+    let dir = open_dir(&into).unwrap();
+    let listed = || {
+        let names = |folder: &Path| -> Vec<String> {
+            let entries = fs::read_dir(folder).unwrap();
+            let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            names.collect()
+        };
+        let mut all = [names(&into), names(&into.join("both"))].concat();
+        all.sort();
+        all
+    };
+
+    let half = Half(
+        File::open(&tar).unwrap(),
+        fs::metadata(&tar).unwrap().len() / 2,
+    );
+    unpack(half, &dir, Existing::Replace).unwrap_err();
+    assert_eq!(
+        listed(),
+        ["both", "sem", "theirs"],
+        "in the middle it failed"
+    );
+
+    let unpacked = unpack(File::open(&tar).unwrap(), &dir, Existing::Replace).unwrap();
+    // Since then somebody made a file of that name anew, and another one in a folder of ours.
+    fs::remove_file(into.join("both/mine")).unwrap();
+    fs::hard_link(into.join("both/theirs"), into.join("both/mine")).unwrap();
+    fs::write(into.join("new/theirs"), "theirs").unwrap();
+    unpacked.made.remove(&dir);
+    // What was replaced does not come back.
+    assert_eq!(listed(), ["both", "mine", "new", "theirs"]);
+    assert_eq!(fs::read(into.join("both/mine")).unwrap(), b"theirs");
+    assert_eq!(fs::read_dir(into.join("new")).unwrap().count(), 1);
+}
+
 #[test]
 fn a_link_in_a_containers_root_leads_to_a_place_in_there() {
     let root = tempfile::tempdir().unwrap();

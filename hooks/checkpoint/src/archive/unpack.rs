@@ -22,7 +22,7 @@ use rustix::fs::{
 };
 use tar::{Archive, Entry, EntryType};
 
-use super::{ArchiveError, MAX_BYTES, MAX_DEPTH, attributes, open_beneath};
+use super::{ArchiveError, MAX_BYTES, MAX_DEPTH, Made, attributes, open_beneath};
 use crate::manifest::shorten;
 
 /// Bytes of one read. Runs of zeros of [`BLOCK`] bytes become holes.
@@ -39,19 +39,25 @@ pub enum Existing {
 }
 
 /// What was unpacked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Unpacked {
     /// Files, folders, links and whiteouts.
     pub entries: u64,
     /// Bytes of the files, holes included.
     pub bytes: u64,
+    /// With [`Existing::Replace`]: what was not there before, or is another file now.
+    pub made: Made,
 }
 
 /// Unpacks `archive` into the folder `into`, with owners, modes, times and attributes.
 ///
 /// # Errors
 /// The first thing that is wrong; what this call made is removed then. (What it replaced is gone.)
-pub fn unpack(archive: File, into: &File, existing: Existing) -> Result<Unpacked, ArchiveError> {
+pub fn unpack(
+    archive: impl Read,
+    into: &File,
+    existing: Existing,
+) -> Result<Unpacked, ArchiveError> {
     let mut unpacker = Unpacker {
         into,
         existing,
@@ -62,6 +68,7 @@ pub fn unpack(archive: File, into: &File, existing: Existing) -> Result<Unpacked
     };
     let result = unpacker.all(archive);
     if result.is_err() {
+        unpacker.done.made.remove(into);
         unpacker.remove_made();
     }
     result.map(|()| unpacker.done)
@@ -76,6 +83,16 @@ struct Unpacker<'a> {
     /// Folders, whose times are set when nothing more is made in them.
     times: Vec<(PathBuf, Timestamps)>,
     buffer: Vec<u8>,
+}
+
+/// What was there under the name of an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// A folder, as the entry is one: it stays.
+    Folder,
+    /// Something that made room.
+    Replaced,
 }
 
 /// What an entry's header and records say.
@@ -93,7 +110,7 @@ struct Item {
 }
 
 impl Unpacker<'_> {
-    fn all(&mut self, archive: File) -> Result<(), ArchiveError> {
+    fn all(&mut self, archive: impl Read) -> Result<(), ArchiveError> {
         let mut archive = Archive::new(BufReader::with_capacity(BUFFER, archive));
         let mut last = PathBuf::new();
         let malformed = |path: &Path| {
@@ -135,47 +152,71 @@ impl Unpacker<'_> {
         let parent = item.path.parent().unwrap_or(Path::new(""));
         let dir = open_beneath(self.into, parent, OFlags::PATH | OFlags::DIRECTORY)
             .map_err(ArchiveError::io("open", parent))?;
-        if !self.make_room(&dir, name, item)? && parent.as_os_str().is_empty() {
+        let found = self.make_room(&dir, name, item)?;
+        if found == Found::Nothing && parent.as_os_str().is_empty() {
             self.made.insert(name.to_owned());
         }
+        let result = self.make(&dir, name, item, data);
+        if self.existing == Existing::Replace && found != Found::Folder {
+            self.note(&dir, name, item, &result);
+        }
+        result
+    }
+
+    /// Notes what was made among what others use, also where it was made in part only. What somebody else
+    /// made first is not ours.
+    fn note(&mut self, dir: &OwnedFd, name: &OsStr, item: &Item, made: &Result<(), ArchiveError>) {
+        let taken = matches!(made, Err(ArchiveError::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists);
+        if let (false, Ok(stat)) = (taken, statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)) {
+            self.done.made.note(&item.path, stat.st_ino);
+        }
+    }
+
+    fn make(
+        &mut self,
+        dir: &OwnedFd,
+        name: &OsStr,
+        item: &Item,
+        data: &mut impl Read,
+    ) -> Result<(), ArchiveError> {
         let path = &item.path;
         match item.kind {
             EntryType::Directory => {
-                match mkdirat(&dir, name, Mode::RWXU) {
+                match mkdirat(dir, name, Mode::RWXU) {
                     Err(rustix::io::Errno::EXIST) => {}
                     other => other.map_err(ArchiveError::io("make", path))?,
                 }
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let made = openat(&dir, name, flags, Mode::empty())
+                let made = openat(dir, name, flags, Mode::empty())
                     .map_err(ArchiveError::io("open", path))?;
                 self.finish_dir(made, item)
             }
-            EntryType::Regular | EntryType::GNUSparse => self.file(&dir, name, item, data),
-            EntryType::Link => self.hard_link(&dir, name, item),
+            EntryType::Regular | EntryType::GNUSparse => self.file(dir, name, item, data),
+            EntryType::Link => self.hard_link(dir, name, item),
             EntryType::Symlink => {
-                symlinkat(OsStr::from_bytes(&item.link), &dir, name)
+                symlinkat(OsStr::from_bytes(&item.link), dir, name)
                     .map_err(ArchiveError::io("make", path))?;
-                finish_named(&dir, name, item, false)
+                finish_named(dir, name, item, false)
             }
-            EntryType::Fifo => node(&dir, name, item, FileType::Fifo),
+            EntryType::Fifo => node(dir, name, item, FileType::Fifo),
             EntryType::Char if item.device == (0, 0) => {
-                node(&dir, name, item, FileType::CharacterDevice)
+                node(dir, name, item, FileType::CharacterDevice)
             }
             EntryType::Char | EntryType::Block => Err(ArchiveError::Device { name: show(path) }),
             _ => Err(ArchiveError::Kind { name: show(path) }),
         }
     }
 
-    /// Says whether the name was there before; what may not stay is removed or refused.
-    fn make_room(&self, dir: &OwnedFd, name: &OsStr, item: &Item) -> Result<bool, ArchiveError> {
+    /// Says what was there before; what may not stay is removed or refused.
+    fn make_room(&self, dir: &OwnedFd, name: &OsStr, item: &Item) -> Result<Found, ArchiveError> {
         let found = match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => FileType::from_raw_mode(stat.st_mode),
-            Err(rustix::io::Errno::NOENT) => return Ok(false),
+            Err(rustix::io::Errno::NOENT) => return Ok(Found::Nothing),
             Err(e) => return Err(ArchiveError::io("look at", &item.path)(e)),
         };
         let both_folders = found == FileType::Directory && item.kind == EntryType::Directory;
         if both_folders {
-            return Ok(true);
+            return Ok(Found::Folder);
         }
         if self.existing == Existing::Refuse || found == FileType::Directory {
             return Err(ArchiveError::Exists {
@@ -183,7 +224,7 @@ impl Unpacker<'_> {
             });
         }
         unlinkat(dir, name, AtFlags::empty()).map_err(ArchiveError::io("replace", &item.path))?;
-        Ok(true)
+        Ok(Found::Replaced)
     }
 
     fn file(

@@ -4,7 +4,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -90,7 +90,7 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
         exits: shared.exits.clone(),
     };
     let fixed = Fixed {
-        staged: Arc::default(),
+        staged: Mutex::default(),
         cgroup: spec.text("/linux/cgroupsPath").map(str::to_owned),
         gpu_devices: spec.nvidia_devices(),
         shares_pids: !spec.has_namespace("pid") || spec.namespace_path("pid").is_some(),

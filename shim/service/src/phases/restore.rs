@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use containerd_shim_protos::api::CreateTaskRequest;
@@ -96,8 +96,7 @@ impl Source {
         if let Some(plan) = &fixed.plan.restore {
             let opened = async {
                 refuse(&fixed.id, spec, request)?;
-                let open = tokio::time::timeout(left, image::open(fixed, plan, spec)).await;
-                open.unwrap_or_else(|_| Err(late(fixed, "the image was not verified and staged")))
+                image::open(fixed, plan, spec, Instant::now() + left).await
             };
             let opened = opened.await;
             return match opened {

@@ -1,23 +1,25 @@
 //! From a name to an image that may be restored here: found, verified, compared, staged.
 
 use std::{
+    fs::File,
+    io::{self, Read},
     path::PathBuf,
     process::Command,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use rekindle_checkpoint::{
     ImageStore, VerifiedImage,
-    archive::{Existing, open_dir, unpack},
+    archive::{Existing, Made, open_dir, unpack},
     fit::{container_facts, fit},
 };
 use rekindle_core::{config::Paging, plan::RestorePlan};
 use serde::Deserialize;
 
-use super::{PhaseError, step};
+use super::{PhaseError, late, step};
 use crate::{
-    bundle::Spec,
+    bundle::{SHM, Spec},
     context::Fixed,
     data,
     error::{Error, sentence},
@@ -26,10 +28,25 @@ use crate::{
 };
 
 /// Opens the image that `plan` names for this container, and puts its upper layer and `/dev/shm` in
-/// place. Also says whether its memory may come in lazily.
+/// place, both by `until`. Also says whether its memory may come in lazily.
 ///
 /// To be called before the root is mounted: an overlay must not change below its mount.
 pub(super) async fn open(
+    fixed: &Fixed,
+    plan: &RestorePlan,
+    spec: &Spec,
+    until: Instant,
+) -> Result<(Arc<VerifiedImage>, bool), Error> {
+    let fitting = tokio::time::timeout_at(until.into(), fitting(fixed, plan, spec)).await;
+    let (image, lazily) =
+        fitting.unwrap_or_else(|_| Err(late(fixed, "the image was not verified")))?;
+    let staging = stage(fixed, Arc::clone(&image), spec, until);
+    step(&fixed.id, "stage", staging).await?;
+    Ok((image, lazily))
+}
+
+/// The image, found, verified and compared.
+async fn fitting(
     fixed: &Fixed,
     plan: &RestorePlan,
     spec: &Spec,
@@ -59,9 +76,7 @@ pub(super) async fn open(
         digest.as_deref(),
     )
     .map_err(|misfit| cannot(format!("image {}: {misfit}", image.reference())))?;
-    let image = Arc::new(image);
-    step(&fixed.id, "stage", stage(fixed, Arc::clone(&image), spec)).await?;
-    Ok((image, lazily))
+    Ok((Arc::new(image), lazily))
 }
 
 async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<VerifiedImage, Error> {
@@ -135,7 +150,14 @@ async fn digest(fixed: &Fixed) -> Option<String> {
     }
 }
 
-async fn stage(fixed: &Fixed, image: Arc<VerifiedImage>, spec: &Spec) -> Result<(), Error> {
+/// Not to be dropped half-way: its thread would go on, below a root that is mounted by then. It ends by
+/// itself when `until` has come.
+async fn stage(
+    fixed: &Fixed,
+    image: Arc<VerifiedImage>,
+    spec: &Spec,
+    until: Instant,
+) -> Result<(), Error> {
     let cannot = |reason: String| PhaseError::CannotRestore {
         id: fixed.id.clone(),
         reason,
@@ -144,42 +166,63 @@ async fn stage(fixed: &Fixed, image: Arc<VerifiedImage>, spec: &Spec) -> Result<
         let reason = "its writable layer is not empty: it ran before; restore into a new container";
         return Err(cannot(reason.to_owned()).into());
     }
-    fixed.staged.store(true, Ordering::Relaxed);
+    fixed.staged().upper = true;
     let upper = fixed.rootfs.upper_layer();
-    let shm = spec.bind_source("/dev/shm");
+    let shm = spec.bind_source(SHM);
     let staged = blocking(move || {
         put(
-            image.upper(),
-            upper,
+            image.upper().map(|archive| Some(Until(archive?, until))),
+            upper.as_ref(),
             Existing::Refuse,
             "the writable layer of its root (an overlay's upperdir)",
         )?;
-        put(
-            image.shm(),
-            shm,
+        let made = put(
+            image.shm().map(|archive| Some(Until(archive?, until))),
+            shm.as_ref(),
             Existing::Replace,
             "a writable /dev/shm of the pod",
-        )
+        )?;
+        Ok(shm.zip(made))
     })
     .await?;
-    Ok(staged.map_err(cannot)?)
+    match staged {
+        Ok(shm) => {
+            fixed.staged().shm = shm;
+            Ok(())
+        }
+        Err(_) if Instant::now() >= until => Err(late(fixed, "the image was not staged")),
+        Err(reason) => Err(cannot(reason).into()),
+    }
 }
 
-/// Unpacks one archive of an image, if it has it.
+/// Unpacks one archive of an image, if it has it; what that made.
 fn put(
-    archive: std::io::Result<Option<std::fs::File>>,
-    into: Option<PathBuf>,
+    archive: io::Result<Option<Until>>,
+    into: Option<&PathBuf>,
     existing: Existing,
     what: &str,
-) -> Result<(), String> {
+) -> Result<Option<Made>, String> {
     let Some(archive) = archive.map_err(|e| format!("reading the image: {e}"))? else {
-        return Ok(());
+        return Ok(None);
     };
     let into = into.ok_or_else(|| {
         format!("the image has {what}, and this container has none to put it into")
     })?;
-    let folder = open_dir(&into).map_err(|e| format!("opening {}: {e}", into.display()))?;
-    unpack(archive, &folder, existing)
-        .map(drop)
-        .map_err(|e| sentence(&e))
+    let folder = open_dir(into).map_err(|e| format!("opening {}: {e}", into.display()))?;
+    match unpack(archive, &folder, existing) {
+        Ok(unpacked) => Ok(Some(unpacked.made)),
+        Err(e) => Err(sentence(&e)),
+    }
+}
+
+/// An archive that cannot be read any more when its time is over.
+struct Until(File, Instant);
+
+impl Read for Until {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if Instant::now() >= self.1 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.0.read(buffer)
+    }
 }
