@@ -42,7 +42,7 @@ test-unit: ## unit tests only: no root, no node
 	$(CARGO) test --workspace --exclude rekindle-tests
 
 test-suites: build ## the suites that need a real containerd (as root)
-	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test node --test torch --test vm
+	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test data --test node --test torch --test vm
 
 lint: ## format, clippy without a warning, licences and sources
 	$(CARGO) fmt --all --check

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 /// How often somebody who waits for a server asks again: short beside the fastest start, and idle all the same.
@@ -43,6 +43,14 @@ impl Node {
                 poll::DEADLINE
             )
         })
+    }
+
+    /// A server in the node's network that takes connections and never says a word, for as long as it is kept.
+    pub async fn silent_server(&self, address: SocketAddr) -> Result<TcpListener> {
+        // The kernel takes them: nobody accepts.
+        self.within_network(move |_| Ok(TcpListener::bind(address)?))
+            .await
+            .with_context(|| format!("listening at {address} in the node"))
     }
 
     async fn within_network<T: Send + 'static>(

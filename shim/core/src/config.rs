@@ -147,6 +147,18 @@ pub struct Deadlines {
     pub checkpoint: Duration,
 }
 
+/// What is left for a cold start when a wait is given up. `runc create` takes a tenth of a second, and
+/// seconds on a node that starts many pods at once, which is when data and images are late.
+const COLD_START: Duration = Duration::from_secs(15);
+
+impl Deadlines {
+    /// What a wait that the container can do without has to leave of [`Deadlines::container`]: a third of
+    /// it where that is short.
+    pub fn cold_start(&self) -> Duration {
+        COLD_START.min(self.container / 3)
+    }
+}
+
 /// The node's configuration, resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NodeConfig {

@@ -300,10 +300,14 @@ async fn wait(
     deadlines: Deadlines,
     began: Instant,
 ) -> Result<Option<PathBuf>, DataError> {
-    let limit = match role {
-        Role::Container => deadlines.container,
+    let limit = match (role, dataset.policy) {
+        (Role::Container, Policy::Required) => deadlines.container,
+        // It starts without it, and has to have the time for that.
+        (Role::Container, Policy::Opportunistic) => {
+            deadlines.container.saturating_sub(deadlines.cold_start())
+        }
         // Nobody else waits for a standalone container, so it may wait as long as a sandbox.
-        Role::Sandbox | Role::Standalone => deadlines.sandbox_data,
+        (Role::Sandbox | Role::Standalone, _) => deadlines.sandbox_data,
     };
     let uri = || dataset.uri.clone();
     loop {

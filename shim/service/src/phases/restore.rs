@@ -94,6 +94,12 @@ impl Source {
         left: Duration,
     ) -> Result<Option<Self>, Error> {
         if let Some(plan) = &fixed.plan.restore {
+            let left = match plan.policy {
+                Policy::Required => left,
+                Policy::Opportunistic => {
+                    left.saturating_sub(fixed.shared.node.deadlines.cold_start())
+                }
+            };
             let opened = async {
                 refuse(&fixed.id, spec, request)?;
                 image::open(fixed, plan, spec, Instant::now() + left).await
