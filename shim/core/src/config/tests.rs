@@ -83,3 +83,13 @@ fn what_is_wrong_is_named() {
         }
     }
 }
+
+#[test]
+fn a_cold_start_keeps_its_time_and_never_more_than_a_third() {
+    let of = |seconds: u64| {
+        let text = format!("[deadlines]\ncontainer = \"{seconds}s\"\n");
+        let config = NodeConfig::parse("config.toml", &text).unwrap();
+        config.deadlines.cold_start().as_secs()
+    };
+    assert_eq!([of(9), of(45), of(90)], [3, 15, 15]);
+}
