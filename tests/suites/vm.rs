@@ -49,5 +49,6 @@ checks! {
     a_named_image_continues_in_a_new_container
     a_container_with_its_own_network_continues
     a_restored_container_is_one_like_any_other
+    every_process_is_who_it_was
     nothing_stays_after_delete
 }

@@ -10,10 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod credentials;
 mod folder;
 mod remaps;
 mod wire;
 
+pub use credentials::{CapabilityBits, Credentials, Task, credentials};
 pub use folder::check_folder;
 pub use remaps::{LinkRemap, link_remaps};
 
@@ -79,6 +81,14 @@ pub enum CriuImageError {
     /// A file that every image has is absent.
     #[error("the CRIU image folder has no {0}")]
     Absent(&'static str),
+    /// A file by which the others come to mean something else.
+    #[error("the CRIU image folder has {name}, {what}, which no image made by rekindle has")]
+    Foreign {
+        /// Which.
+        name: String,
+        /// What it holds.
+        what: &'static str,
+    },
 }
 
 /// One run of pages in a pagemap.

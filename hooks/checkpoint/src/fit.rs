@@ -3,12 +3,17 @@
 //!
 //! CRIU gives the processes back the uid, capabilities, seccomp filter, `no_new_privs` and LSM label that
 //! they had, whatever the new spec says. So each of these is compared, and an image that has more than the
-//! spec allows is refused.
+//! spec allows is refused: first by what its manifest says of the dumped container's spec, then by what
+//! [CRIU's own files](credentials) say of every task.
 
 use std::{collections::BTreeSet, fmt};
 
-use crate::manifest::{Container, Facts, Host, Security};
+use crate::{
+    criu_image::Task,
+    manifest::{Container, Facts, Host, Security},
+};
 
+pub mod credentials;
 mod host;
 mod spec;
 
@@ -109,6 +114,9 @@ pub enum Difference {
         /// Whether the image had one.
         image: bool,
     },
+    /// A task that gets more than its container's spec allows.
+    #[error(transparent)]
+    Task(#[from] credentials::TaskDifference),
 }
 
 /// Why an image is not restored here: every difference at once.
@@ -127,13 +135,14 @@ impl fmt::Display for Misfit {
     }
 }
 
-/// Whether an image may be restored on `host` into `container`, whose container image has `digest`.
-/// An unknown digest on either side is not compared: under ctr there may be none.
+/// Whether an image of these `tasks` may be restored on `host` into `container`, whose container image has
+/// `digest`. An unknown digest on either side is not compared: under ctr there may be none.
 ///
 /// # Errors
 /// Every difference, so that they can be removed in one go.
 pub fn fit(
     image: &Facts,
+    tasks: &[Task],
     host: &Host,
     container: &Container,
     digest: Option<&str>,
@@ -148,7 +157,12 @@ pub fn fit(
             spec: spec.to_owned(),
         });
     }
+    let others = found.len();
     fit_security(&image.container.security, &container.security, &mut found);
+    // Where the specs differ the tasks do, and would only say it again.
+    if found.len() == others {
+        credentials::fit_tasks(tasks, &container.security, &mut found);
+    }
     let (had, has) = (&image.container.mounts, &container.mounts);
     let missing: Vec<String> = had.difference(has).cloned().collect();
     let extra: Vec<String> = has.difference(had).cloned().collect();

@@ -61,6 +61,9 @@ images! {
         }
     }
     once {
+        tasks {
+            every_process_is_who_it_was
+        }
         pods {
             an_exported_image_serves_another_namespace
             another_namespaces_image_is_refused_at_the_sandbox
@@ -74,6 +77,7 @@ images! {
             another_architectures_image
             a_more_privileged_image
             another_user
+            a_manifest_that_lies
             another_kind_of_stdio
             a_shared_pid_namespace
             a_user_namespace

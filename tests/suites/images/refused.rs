@@ -102,6 +102,59 @@ pub(crate) async fn another_user(stage: &Stage) -> Result<()> {
     stage
         .refuses("nobody", nobody(), &["user 0", "65534"])
         .await?;
+    let liar = Copy::of(stage, "rooted", "rooted-lies")?;
+    liar.change_manifest(|manifest| {
+        let security = &mut manifest["facts"]["container"]["security"];
+        security["uid"] = 65534.into();
+        security["gid"] = 65534.into();
+    })?;
+    let nobody = stage
+        .warm("nobody-2", "rooted-lies")
+        .user(65534, 65534)
+        .annotation(POLICY, "Required");
+    let words = ["default/rooted-lies", "its task 1 (", "user 0", "65534"];
+    stage.refuses("nobody-2", nobody, &words).await?;
+    Ok(())
+}
+
+/// As above: more capabilities, and privileges that can be gained.
+pub(crate) async fn a_manifest_that_lies(stage: &Stage) -> Result<()> {
+    let mighty = stage.container("lies").change_spec(|spec| {
+        for set in ["bounding", "effective", "permitted"] {
+            if let Some(set) = spec["process"]["capabilities"][set].as_array_mut() {
+                set.push("CAP_SYS_ADMIN".into());
+            }
+        }
+        spec["process"]["noNewPrivileges"] = false.into();
+    });
+    image_of(stage, mighty, "lies").await?;
+    let liar = Copy::of(stage, "lies", "lies-about-it")?;
+    liar.change_manifest(|manifest| {
+        let security = &mut manifest["facts"]["container"]["security"];
+        security["no_new_privileges"] = true.into();
+        for set in security["capabilities"]
+            .as_object_mut()
+            .into_iter()
+            .flatten()
+        {
+            if let Some(names) = set.1.as_array_mut() {
+                names.retain(|name| name != "CAP_SYS_ADMIN");
+            }
+        }
+    })?;
+    let words = ["its task 1 (", "CAP_SYS_ADMIN (bounding)", "no_new_privs"];
+    stage
+        .refuses("lies-2", stage.warm("lies-2", "lies-about-it"), &words)
+        .await?;
+    // What cannot be read is not believed either.
+    liar.reseal("criu/core-1.img", |core| core.truncate(core.len() / 2))?;
+    stage
+        .refuses(
+            "lies-3",
+            stage.warm("lies-3", "lies-about-it"),
+            &["core-1.img"],
+        )
+        .await?;
     Ok(())
 }
 

@@ -156,3 +156,27 @@ pub(crate) async fn two_containers_start_from_one_image(stage: &Stage) -> Result
     }
     Ok(())
 }
+
+/// What processes have become by themselves, and zombies, who have nothing: a restore that compares them lets both
+/// pass. Other users than root are in `vm/story.sh`, for not every host that runs this one can dump them.
+pub(crate) async fn every_process_is_who_it_was(stage: &Stage) -> Result<()> {
+    // A sleep would end with its restore.
+    let line = "(sleep 0.1 & echo $! > /run/zombie; exec tail -f /dev/null) & echo $! >> /run/pids; \
+                setpriv --inh-caps +net_raw tail -f /dev/null & echo $! >> /run/pids; exec /counter";
+    let all = "for p in 1 $(sort -n /run/pids); do \
+               grep -E '^(Name|Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp)' /proc/$p/status; done; \
+               grep zombie /proc/$(cat /run/zombie)/status";
+    let task = stage.container("who").shell(line).run().await?;
+    let before = counts_to(task.io().out()?, 5).await?;
+    let who = shell(&task, "who", all).await?;
+    for words in ["(zombie)", "CapInh:\t0000000000002000"] {
+        assert!(who.contains(words), "{words:?} is not in {who}");
+    }
+    stage.checkpoint("who", "who", &[]).await?;
+    let at = counts_to(task.io().out()?, before.n).await?;
+    let warm = stage.warm("who-2", "who").run().await?;
+    continues(&warm, &before, at.n).await?;
+    assert_eq!(shell(&warm, "who", all).await?, who);
+    warm.remove().await?;
+    task.remove().await
+}

@@ -209,6 +209,35 @@ a_restored_container_is_one_like_any_other() {
   continues three "$nonce" "$n"
 }
 
+who_runs() { # ID: what the kernel says of its first process, and of what another user may run in it
+  local pid; pid=$(ctr task ls | awk -v id="$1" '$1 == id {print $2}')
+  for pid in $pid $(pgrep -xf 'tail -f /dev/null' || :); do
+    grep -E '^(Name|Uid|Gid|Groups|Cap...|NoNewPrivs|Seccomp):' "/proc/$pid/status"
+  done
+}
+
+every_process_is_who_it_was() {
+  local user who nonce n
+  for user in 0 65534; do
+    start user-$user --net-host --seccomp --user $user:$user
+    within 20 counts_on user-$user 5
+    # Of nobody in root's container: what a server is that gave up root. No sleep, which would end with its restore.
+    [ $user -ne 0 ] || ctr task exec --exec-id su user-0 su -s /bin/sh nobody -c 'setsid tail -f /dev/null > /dev/null 2>&1 &'
+    [ $user -ne 0 ] || within 20 pgrep -xf 'tail -f /dev/null'
+    who=$(who_runs user-$user)
+    echo "$who"
+    grep -q '^Uid:.65534.65534.65534.65534$' <<< "$who"
+    grep -q '^Seccomp:.2$' <<< "$who"
+    read -r nonce n <<< "$(said user-$user)"
+    rekindle checkpoint user-$user --name user-$user --exit
+    done_with user-$user
+    start user-$user-2 --net-host --seccomp --user $user:$user --annotation rekindle.dev/restore-from=user-$user
+    continues user-$user-2 "$nonce" "$n"
+    [ "$(who_runs user-$user-2)" = "$who" ] || fail "they are $(who_runs user-$user-2)"
+    done_with user-$user-2
+  done
+}
+
 no_shim_runs() { ! pgrep containerd-shim; }
 
 nothing_stays_after_delete() {
@@ -244,4 +273,5 @@ check a_plain_checkpoint_continues
 check a_named_image_continues_in_a_new_container
 check a_container_with_its_own_network_continues
 check a_restored_container_is_one_like_any_other
+check every_process_is_who_it_was
 check nothing_stays_after_delete

@@ -7,13 +7,14 @@ use super::{COMMON_MAGIC, CriuImageError, PE_PARENT, Pagemap, pages_file};
 /// The inventory has no common magic before its own.
 const INVENTORY_MAGIC: u32 = 0x5831_3116;
 pub(super) const FILES_MAGIC: u32 = 0x5630_3138;
+pub(super) const CORE_MAGIC: u32 = 0x5505_3847;
 
 /// How a file of that name begins: its second word (`criu/include/magic.h`). Longest prefix first where
 /// one is the beginning of another.
 const MAGICS: &[(&str, u32)] = &[
     ("pagemap-", super::PAGEMAP_MAGIC),
     ("pstree.", 0x5027_3030),
-    ("core-", 0x5505_3847),
+    ("core-", CORE_MAGIC),
     ("mm-", 0x5749_2820),
     ("fdinfo-", 0x5621_3732),
     ("ids-", 0x5443_2030),

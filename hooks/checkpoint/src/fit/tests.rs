@@ -1,5 +1,5 @@
 use super::*;
-use crate::manifest::Capabilities;
+use crate::{criu_image::Credentials, manifest::Capabilities};
 
 fn names(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
@@ -44,7 +44,7 @@ fn verdict(change: impl Fn(&mut Facts, &mut Host, &mut Container)) -> Result<(),
     facts.source.image_digest = Some("sha256:aa".to_owned());
     let (mut host, mut spec) = (facts.host.clone(), facts.container.clone());
     change(&mut facts, &mut host, &mut spec);
-    fit(&facts, &host, &spec, Some("sha256:aa")).map_err(|misfit| misfit.to_string())
+    fit(&facts, &[], &host, &spec, Some("sha256:aa")).map_err(|misfit| misfit.to_string())
 }
 
 #[test]
@@ -166,10 +166,36 @@ fn all_differences_come_at_once() {
 }
 
 #[test]
+fn a_manifest_is_not_believed_and_a_difference_is_not_said_twice() {
+    let mut facts = image();
+    let mut task = Task {
+        tid: 1,
+        comm: "counter".to_owned(),
+        credentials: Credentials::default(),
+    };
+    task.credentials.no_new_privileges = true;
+    task.credentials.seccomp = true;
+    let say = |facts: &Facts, spec: &Container| {
+        let fitted = fit(facts, std::slice::from_ref(&task), &facts.host, spec, None);
+        fitted.unwrap_err().to_string()
+    };
+    let spec = facts.container.clone();
+    let sentence = say(&facts, &spec);
+    let words = "its task 1 (counter) runs as user 0, and this container's processes cannot become other than 1000";
+    assert!(sentence.contains(words), "{sentence}");
+    facts.container.security.uid = 0;
+    let sentence = say(&facts, &spec);
+    assert!(
+        !sentence.contains("its task") && sentence.contains("as user 0"),
+        "{sentence}"
+    );
+}
+
+#[test]
 fn an_unknown_digest_is_not_compared() {
     let mut facts = image();
     facts.source.image_digest = Some("sha256:aa".to_owned());
-    fit(&facts, &facts.host, &facts.container, None).unwrap();
+    fit(&facts, &[], &facts.host, &facts.container, None).unwrap();
 }
 
 #[test]

@@ -17,7 +17,7 @@ use rustix::fs::{Advice, fadvise};
 
 use super::{Damage, ImageError, SealedImage, store::open_regular};
 use crate::{
-    criu_image::check_folder,
+    criu_image::{Task, check_folder, credentials},
     manifest::{
         CRIU_DIR, FileEntry, MANIFEST_CRC_FILE, MANIFEST_FILE, Manifest, SHM_FILE, UPPER_FILE,
     },
@@ -49,6 +49,17 @@ impl VerifiedImage {
     /// CRIU's images: what `runc restore --image-path` and the [pager](crate::pager) take.
     pub fn criu_dir(&self) -> PathBuf {
         self.dir.join(CRIU_DIR)
+    }
+
+    /// What CRIU would give its tasks, of which it says more than the manifest; for [`fit`](crate::fit::fit).
+    ///
+    /// # Errors
+    /// [`ImageError::Criu`].
+    pub fn tasks(&self) -> Result<Vec<Task>, ImageError> {
+        credentials(&self.criu_dir()).map_err(|source| ImageError::Criu {
+            image: self.reference.clone(),
+            source,
+        })
     }
 
     /// The container's writable layer, if it had one.

@@ -10,8 +10,9 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    ImageStore, VerifiedImage,
+    ImageError, ImageStore, VerifiedImage,
     archive::{Existing, Made, open_dir, unpack},
+    criu_image::Task,
     fit::{container_facts, fit},
 };
 use rekindle_core::{config::Paging, plan::RestorePlan};
@@ -61,7 +62,7 @@ async fn fitting(
         digest(fixed),
         lazily(fixed),
     );
-    let (image, lazily) = (image?, lazily?);
+    let ((image, tasks), lazily) = (image?, lazily?);
     // CRIU's pager frees a process that is complete and relies on its descriptor being closed, which our
     // duplicate prevents: with a second process beside it, it can spin on the stale one for ever. Until
     // there is a pager of our own, several processes come in eagerly unless the node insists.
@@ -71,6 +72,7 @@ async fn fitting(
     let facts = &image.manifest().facts;
     fit(
         facts,
+        &tasks,
         &host,
         &container_facts(&spec.parsed()?),
         digest.as_deref(),
@@ -79,13 +81,16 @@ async fn fitting(
     Ok((Arc::new(image), lazily))
 }
 
-async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<VerifiedImage, Error> {
+/// The image, and what CRIU would give its tasks.
+async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, Vec<Task>), Error> {
     let root = fixed.shared.node.images.root.clone();
     let (namespace, name, generation) =
         (plan.namespace.clone(), plan.name.clone(), plan.generation);
     let verified = blocking(move || {
         let sealed = ImageStore::open(&root)?.resolve(&namespace, &name, generation)?;
-        sealed.verify()
+        let image = sealed.verify()?;
+        let tasks = image.tasks()?;
+        Ok::<_, ImageError>((image, tasks))
     })
     .await?;
     verified.map_err(|e| {
