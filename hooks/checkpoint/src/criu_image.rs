@@ -12,11 +12,13 @@ use std::{
 
 mod credentials;
 mod folder;
+mod mappings;
 mod remaps;
 mod wire;
 
 pub use credentials::{CapabilityBits, Credentials, Task, credentials};
 pub use folder::check_folder;
+pub(crate) use mappings::Mappings;
 pub use remaps::{LinkRemap, link_remaps};
 
 /// The first word of every image but the inventory.
@@ -113,6 +115,11 @@ impl Run {
     /// Whether its bytes are in the pages file.
     pub fn present(&self) -> bool {
         self.flags & PE_PRESENT != 0
+    }
+
+    /// Whether a lazy restore leaves it to the pager.
+    pub fn lazy(&self) -> bool {
+        self.flags & PE_LAZY != 0
     }
 
     /// Whether it was left in the process by a lazy dump.

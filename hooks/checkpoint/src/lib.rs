@@ -11,8 +11,8 @@
 //! [`VerifiedImage`]: there is no way from a [`SealedImage`] to its CRIU folder.
 //!
 //! No runtime and no network: every call blocks. At most two threads and a few MiB of buffers are used,
-//! whatever the image's size, for all of this runs inside the shim.
-#![forbid(unsafe_code)]
+//! whatever the image's size, for all of this runs inside the shim, but for [`pager::serve`], which is a
+//! process of its own.
 #![warn(missing_docs)]
 
 pub mod archive;

@@ -1,37 +1,36 @@
-//! Supervision of `criu lazy-pages`, so that its death can never become a page of zeros.
+//! The memory of a lazily restored container: who brings it in, and why that can never become a page of
+//! zeros.
 //!
 //! ```text
-//!  criu restore ──pid, userfaultfd──▶ relay (this process) ──pid, userfaultfd──▶ criu lazy-pages
+//!  criu restore ──pid, userfaultfd──▶ relay (in the shim) ──pid, userfaultfd──▶ pager ([`serve`])
 //!                                       └ keeps a duplicate of each descriptor
 //!
-//!  Pager ──ended(success)──▶ Loaded        all pages are in; the duplicates are closed
-//!        ──ended(failure)──▶ Orphans       the duplicates are held; faulting tasks stay blocked
+//!  Pager ──ended(success)──▶ Loaded    all pages are in; the duplicates are closed
+//!        ──ended(failure)──▶ Orphans   the duplicates are held; faulting tasks stay blocked
 //!                              └─kill_then_release(kill)──▶ closed, once the tasks are dead
 //! ```
 //! When the last holder of a userfaultfd is gone, the kernel unregisters its memory and every page that
 //! is not there yet reads as zeros. The restored task closes its own descriptor, so without the relay the
-//! daemon's is the last, and its crash would corrupt the container in silence. With a duplicate here a
-//! task that needs a missing page waits for ever, which ends when it is killed.
+//! pager's is the last, and its crash would corrupt the container in silence. With a duplicate here a
+//! task that needs a missing page waits for ever, which ends when it is killed. The pager is a process of
+//! its own for the same reason: it outlives a shim that is killed.
 //!
-//! [`Pager`] and [`Orphans`] therefore *leak* their descriptors when they are dropped without having been
-//! ended: a leak blocks the tasks, a close would hand them zeros.
-//!
-//! One thing is out of reach: a process that a task forks while pages are missing gets a userfaultfd that
-//! only the daemon has. Kill the container at once when the daemon dies.
+//! [`Pager`] and [`Orphans`] therefore *leak* their descriptors when they are dropped without having
+//! been ended: a leak blocks the tasks, a close would hand them zeros.
 
 use std::{
     ffi::OsString,
     fmt,
     fs::File,
-    io,
+    io::{self, Read},
     mem::ManuallyDrop,
     os::{
-        fd::OwnedFd,
+        fd::{AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
@@ -41,15 +40,18 @@ use rustix::net::Shutdown;
 
 use crate::VerifiedImage;
 
+mod protocol;
 mod relay;
+mod serve;
 
-/// The name of the socket that CRIU's restore connects to and that its daemon binds, each in its own work
-/// folder (`criu/uffd.c`).
+pub use serve::{ServeError, Served, serve};
+
+/// The name of the socket that CRIU's restore connects to, in its work folder (`criu/uffd.c`).
 const SOCKET: &str = "lazy-pages.socket";
-/// The daemon's work folder, inside the restore's.
-const DAEMON_DIR: &str = "pager";
-/// The daemon's log, in its work folder.
-pub const LOG_FILE: &str = "lazy-pages.log";
+/// What the pager has to say, in the restore's work folder.
+const LOG_FILE: &str = "pager.log";
+/// As much of it as goes into a sentence, bytes.
+const SAID: u64 = 1024;
 
 /// A program with its arguments, for the caller to run: the shim reaps its children in its own way.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,17 +76,17 @@ pub fn lazy_check(criu: &Path) -> Argv {
 /// Why a pager could not be set up, or what went wrong between CRIU and it.
 #[derive(Debug, thiserror::Error)]
 pub enum PagerError {
-    /// Its folder or socket could not be made.
+    /// Its socket or log could not be made.
     #[error("cannot set up the pager: cannot {doing} {}", path.display())]
     Setup {
-        /// "make", "bind".
+        /// "open", "bind".
         doing: &'static str,
         /// What.
         path: PathBuf,
         /// What the kernel said.
         source: io::Error,
     },
-    /// The descriptors of the restored processes did not reach the daemon.
+    /// The descriptors of the restored processes did not reach the pager.
     #[error("the relay between CRIU's restore and its pager failed: {what}")]
     Relay {
         /// What was being done.
@@ -94,16 +96,16 @@ pub enum PagerError {
     },
 }
 
-/// How the daemon ended.
+/// How the pager's process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DaemonExit {
+pub enum PagerExit {
     /// With this code; 0 says that all pages are in.
     Code(i32),
     /// By this signal.
     Signal(i32),
 }
 
-impl fmt::Display for DaemonExit {
+impl fmt::Display for PagerExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Code(code) => write!(f, "exited with {code}"),
@@ -118,31 +120,46 @@ struct Held(Mutex<ManuallyDrop<Vec<OwnedFd>>>);
 
 impl Held {
     fn add(&self, fd: OwnedFd) {
-        self.lock().push(fd);
-    }
-
-    fn count(&self) -> usize {
-        self.lock().len()
+        lock(&self.0).push(fd);
     }
 
     /// Closes them: the kernel gives zeros from here on, so either nothing is missing or nobody is left.
     fn close(&self) {
-        self.lock().clear();
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, ManuallyDrop<Vec<OwnedFd>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0).clear();
     }
 }
 
-/// What the thread of the relay and the pager share.
+/// What the relay's thread and [`Pager`] share.
 #[derive(Debug, Default)]
 struct Shared {
     held: Held,
-    /// CRIU's connection, to wake a thread that waits for its next word.
-    criu: Mutex<Option<UnixStream>>,
+    /// The connections, to wake a thread that waits for the next word of one.
+    connections: Mutex<Vec<UnixStream>>,
     cancelled: AtomicBool,
     finished: AtomicBool,
+}
+
+impl Shared {
+    /// Makes a wait for words from `stream` end with [`Shared::cancel`]. Says whether it should begin.
+    fn watch(&self, stream: &UnixStream) -> io::Result<bool> {
+        let copy = stream.try_clone()?;
+        lock(&self.connections).push(copy);
+        // Cancelled before the copy was there: nobody will wake the thread.
+        Ok(!self.cancelled.load(Ordering::Acquire))
+    }
+
+    fn cancel(&self, listener: &UnixListener) {
+        self.cancelled.store(true, Ordering::Release);
+        // Fails where the thread is past that, which is fine. What was sent before can still be read.
+        let _ = rustix::net::shutdown(listener, Shutdown::Both);
+        for stream in lock(&self.connections).drain(..) {
+            let _ = rustix::net::shutdown(&stream, Shutdown::Read);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The pager of one restore: from before CRIU's restore until all pages are in.
@@ -151,18 +168,29 @@ pub struct Pager {
     shared: Arc<Shared>,
     listener: Arc<UnixListener>,
     relay: Option<JoinHandle<Result<(), PagerError>>>,
-    daemon: Argv,
+    log: PathBuf,
     // Keeps the image from being removed while its pages are needed.
     _image: Arc<VerifiedImage>,
 }
 
-/// What became of a pager whose daemon has ended.
+/// The process to start for a [`Pager`].
+#[derive(Debug)]
+pub struct Launch {
+    /// What to run.
+    pub argv: Argv,
+    /// Its standard input: the connection to the relay. The caller's copy must be closed once it runs.
+    pub stdin: OwnedFd,
+    /// Its standard error.
+    pub stderr: File,
+}
+
+/// What became of a pager whose process has ended.
 #[must_use]
 #[derive(Debug)]
 pub enum Ended {
     /// All pages are in: the container needs neither pager nor image any more.
     Loaded,
-    /// The daemon died with pages missing: kill the tasks, now.
+    /// It died with pages missing: kill the tasks, now.
     Died(Orphans),
 }
 
@@ -176,72 +204,77 @@ pub struct Orphans {
 
 impl Pager {
     /// Binds the socket that `criu restore` will connect to in `work_dir` (what `runc restore --work-path`
-    /// gets), and starts the relay's thread. Run [`Pager::daemon`] next; it may start at the same time as
-    /// the restore.
+    /// gets), and starts the relay's thread. The process to run is `program`, the CLI; it may start at the
+    /// same time as the restore.
     ///
     /// # Errors
-    /// When the folder or the socket cannot be made.
+    /// When the socket or the log cannot be made.
     pub fn start(
-        criu: &Path,
+        program: &Path,
         image: Arc<VerifiedImage>,
         work_dir: &Path,
-    ) -> Result<Self, PagerError> {
-        let (listener, daemon_dir) = set_up(work_dir)?;
-        let daemon = daemon(criu, &image.criu_dir(), &daemon_dir);
-        let listener = Arc::new(listener);
+    ) -> Result<(Self, Launch), PagerError> {
+        let listener = Arc::new(bind(work_dir)?);
+        let log = work_dir.join(LOG_FILE);
+        let stderr = File::create(&log).map_err(setup("open", &log))?;
+        let (ours, theirs) = UnixStream::pair().map_err(relay_failed("no connection for it"))?;
+        let launch = Launch {
+            argv: Argv {
+                program: program.to_owned(),
+                args: vec!["pager".into(), "--images".into(), image.criu_dir().into()],
+            },
+            stdin: theirs.into(),
+            stderr,
+        };
         let shared = Arc::new(Shared::default());
         let relay = {
             let (listener, shared) = (listener.clone(), shared.clone());
             thread::Builder::new()
                 .name("pager-relay".to_owned())
-                .spawn(move || relay::run(&listener, &daemon_dir, &shared))
-                .map_err(|source| PagerError::Relay {
-                    what: "no thread for it",
-                    source,
-                })?
+                .spawn(move || relay::run(&listener, ours, &shared))
+                .map_err(relay_failed("no thread for it"))?
         };
-        Ok(Self {
+        let pager = Self {
             shared,
             listener,
             relay: Some(relay),
-            daemon,
+            log,
             _image: image,
-        })
+        };
+        Ok((pager, launch))
     }
 
-    /// The daemon to run, with no other descriptor than its stdio.
-    pub fn daemon(&self) -> &Argv {
-        &self.daemon
-    }
-
-    /// How many processes have handed over their memory so far.
-    pub fn processes(&self) -> usize {
-        self.shared.held.count()
-    }
-
-    /// To be called when the daemon has ended, which it does by itself once all pages are in.
-    pub fn ended(mut self, exit: DaemonExit) -> Ended {
+    /// To be called when the pager's process has ended, which it does by itself once all pages are in.
+    pub fn ended(mut self, exit: PagerExit) -> Ended {
         let relayed = self.stop();
         let finished = self.shared.finished.load(Ordering::Acquire);
         match (exit, relayed) {
-            (DaemonExit::Code(0), Ok(())) if finished => {
+            (PagerExit::Code(0), Ok(())) if finished => {
                 self.shared.held.close();
                 Ended::Loaded
             }
             (exit, relayed) => {
-                let because = match relayed {
-                    Err(e) => format!("; {e}"),
-                    Ok(()) if !finished => "; CRIU had not finished its restore".to_owned(),
-                    Ok(()) => String::new(),
+                let because = match (self.said(), relayed) {
+                    (Some(said), _) => format!(": {said}"),
+                    (None, Err(e)) => format!(": {e}"),
+                    (None, Ok(())) if !finished => ": CRIU had not finished its restore".to_owned(),
+                    (None, Ok(())) => String::new(),
                 };
                 Ended::Died(Orphans {
                     shared: self.shared.clone(),
-                    reason: format!(
-                        "the pager {exit} before all memory was loaded{because} (see {LOG_FILE} in the restore's work folder)"
-                    ),
+                    reason: format!("the pager {exit} before all memory was in{because}"),
                 })
             }
         }
+    }
+
+    /// What the pager said before it ended.
+    fn said(&self) -> Option<String> {
+        let mut text = Vec::new();
+        let log = File::open(&self.log).ok()?;
+        log.take(SAID).read_to_end(&mut text).ok()?;
+        let text = String::from_utf8_lossy(&text).trim().to_owned();
+        Some(text).filter(|text| !text.is_empty())
     }
 
     /// Gives up on a restore that failed. `kill` must make sure that no task of the container is left.
@@ -265,18 +298,7 @@ impl Drop for Pager {
 impl Pager {
     /// Ends the relay's thread and waits for it.
     fn stop(&mut self) -> Result<(), PagerError> {
-        self.shared.cancelled.store(true, Ordering::Release);
-        // Wakes the thread wherever it waits for CRIU. Fails where it is past that, which is fine.
-        let _ = rustix::net::shutdown(&*self.listener, Shutdown::Both);
-        let criu = self
-            .shared
-            .criu
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        if let Some(criu) = criu {
-            let _ = rustix::net::shutdown(&criu, Shutdown::Both);
-        }
+        self.shared.cancel(&self.listener);
         match self.relay.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
             _ => Ok(()),
@@ -309,17 +331,21 @@ impl Orphans {
     }
 }
 
-fn set_up(work_dir: &Path) -> Result<(UnixListener, PathBuf), PagerError> {
-    let setup = |doing, path: &Path| {
-        let path = path.to_owned();
-        move |source| PagerError::Setup {
-            doing,
-            path,
-            source,
-        }
-    };
-    let daemon_dir = work_dir.join(DAEMON_DIR);
-    std::fs::create_dir_all(&daemon_dir).map_err(setup("make", &daemon_dir))?;
+fn setup<'a>(doing: &'static str, path: &'a Path) -> impl Fn(io::Error) -> PagerError + 'a {
+    move |source| PagerError::Setup {
+        doing,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn relay_failed(what: &'static str) -> impl Fn(io::Error) -> PagerError {
+    move |source| PagerError::Relay { what, source }
+}
+
+/// Binds the socket by a path that fits into the 108 bytes of a socket's address; that of a container's
+/// folder with its id of 64 digits does not.
+fn bind(work_dir: &Path) -> Result<UnixListener, PagerError> {
     let socket = work_dir.join(SOCKET);
     match std::fs::remove_file(&socket) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -328,25 +354,11 @@ fn set_up(work_dir: &Path) -> Result<(UnixListener, PathBuf), PagerError> {
         _ => {}
     }
     let dir = File::open(work_dir).map_err(setup("open", work_dir))?;
-    let listener = UnixListener::bind(relay::short_path(&dir)).map_err(setup("bind", &socket))?;
-    Ok((listener, daemon_dir))
+    UnixListener::bind(short_path(&dir)).map_err(setup("bind", &socket))
 }
 
-fn daemon(criu: &Path, images: &Path, work_dir: &Path) -> Argv {
-    let mut args: Vec<OsString> = vec!["lazy-pages".into()];
-    for (option, value) in [
-        ("--images-dir", images.as_os_str()),
-        ("--work-dir", work_dir.as_os_str()),
-        ("--log-file", LOG_FILE.as_ref()),
-    ] {
-        args.extend([option.into(), value.to_owned()]);
-    }
-    // Warnings and errors. At its higher levels it writes a line for every fault.
-    args.push("-v1".into());
-    Argv {
-        program: criu.to_owned(),
-        args,
-    }
+fn short_path(dir: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(SOCKET)
 }
 
 #[cfg(test)]

@@ -48,4 +48,7 @@ pub(crate) enum Command {
     /// For the shim, which links no network client: a container's image as JSON.
     #[command(hide = true)]
     ContainerImage(commands::container_image::ContainerImageArgs),
+    /// For the shim: brings in the memory of a lazily restored container.
+    #[command(hide = true)]
+    Pager(commands::pager::PagerArgs),
 }

@@ -13,6 +13,7 @@ pub(crate) mod container_image;
 pub(crate) mod dataset;
 pub(crate) mod doctor;
 pub(crate) mod image;
+pub(crate) mod pager;
 pub(crate) mod prefetch;
 
 /// Runs what was asked for. The configuration is read only by the commands that obey it, so that a
@@ -27,5 +28,6 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::run(args, &config()?).await,
         Command::Completion(args) => Ok(completion::run(args)),
         Command::ContainerImage(args) => container_image::run(args).await,
+        Command::Pager(args) => pager::run(&args),
     }
 }

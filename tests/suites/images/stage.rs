@@ -35,8 +35,8 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
     static ALONE: OnceCell<Result<Stage, String>> = OnceCell::const_new();
     let (cell, word) = match nodes {
         Nodes::Eager => (&EAGER, "eager"),
-        Nodes::Lazy => (&LAZY, "auto"),
-        Nodes::Alone => (&ALONE, "auto"),
+        Nodes::Lazy => (&LAZY, "lazy"),
+        Nodes::Alone => (&ALONE, "lazy"),
     };
     let make = async || -> Result<Stage> {
         let busybox = images::busybox()?;

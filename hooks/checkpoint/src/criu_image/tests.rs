@@ -70,6 +70,17 @@ pub(crate) fn pagemap(pages_id: u32, runs: &[(u64, u64, u32)]) -> Vec<u8> {
     records::image(PAGEMAP_MAGIC, &messages)
 }
 
+/// The mappings of a process: ranges of addresses.
+pub(crate) fn mappings(ranges: &[(u64, u64)]) -> Vec<u8> {
+    use records::{Number, Text, message};
+    let ranges: Vec<_> = ranges
+        .iter()
+        .map(|(start, end)| message(&[(1, Number(*start)), (2, Number(*end))]))
+        .collect();
+    let fields: Vec<_> = ranges.iter().map(|range| (14, Text(range))).collect();
+    records::image(0x5749_2820, &[message(&fields)])
+}
+
 /// The least that passes [`check_folder`]: an inventory, a process tree, one page of memory.
 pub(crate) fn folder(dir: &Path) {
     fs::create_dir_all(dir).unwrap();

@@ -15,10 +15,11 @@ use crate::image::tests::verified;
 
 const FINISHED: u32 = 0x5253_5446;
 
-/// A pager whose CRIU and daemon are this test.
+/// A pager whose CRIU and process are this test.
 struct Stage {
     root: tempfile::TempDir,
     pager: Pager,
+    process: UnixStream,
 }
 
 impl Stage {
@@ -28,23 +29,29 @@ impl Stage {
         // Longer than a socket's address can be, as a container's folder is.
         let work = root.path().join("w".repeat(100));
         std::fs::create_dir(&work).unwrap();
-        let pager = Pager::start(Path::new("/usr/sbin/criu"), image, &work).unwrap();
-        Self { root, pager }
-    }
-
-    fn work(&self) -> PathBuf {
-        self.root.path().join("w".repeat(100))
+        let (pager, launch) = Pager::start(Path::new("/opt/rekindle"), image, &work).unwrap();
+        let Argv { program, args } = launch.argv;
+        assert_eq!(program, Path::new("/opt/rekindle"));
+        assert_eq!(args[..2], ["pager", "--images"]);
+        assert!(Path::new(&args[2]).ends_with("team-a/warm/1/criu"));
+        Self {
+            root,
+            pager,
+            process: launch.stdin.into(),
+        }
     }
 
     /// CRIU connects by a relative name, from its work folder.
     fn criu(&self) -> UnixStream {
-        let dir = File::open(self.work()).unwrap();
-        UnixStream::connect(relay::short_path(&dir)).unwrap()
+        let dir = File::open(self.root.path().join("w".repeat(100))).unwrap();
+        UnixStream::connect(short_path(&dir)).unwrap()
     }
 
-    fn daemon(&self) -> UnixListener {
-        let dir = File::open(self.work().join(DAEMON_DIR)).unwrap();
-        UnixListener::bind(relay::short_path(&dir)).unwrap()
+    /// The pager's process ends, having said this.
+    fn ended(self, exit: PagerExit, said: &str) -> Ended {
+        drop(self.process);
+        std::fs::write(&self.pager.log, said).unwrap();
+        self.pager.ended(exit)
     }
 }
 
@@ -60,7 +67,7 @@ fn send(to: &mut UnixStream, pid: i32, fd: Option<impl AsFd>) {
     }
 }
 
-/// As the daemon receives: a number, and a descriptor unless it is negative.
+/// As the pager receives: a number, and a descriptor unless it is negative.
 fn receive(from: &mut UnixStream) -> (i32, Option<OwnedFd>) {
     let mut word = [0; 4];
     from.read_exact(&mut word).unwrap();
@@ -107,58 +114,54 @@ fn all_closed(reader: &io::PipeReader) -> bool {
 }
 
 /// Restores two processes and a zombie; says the read ends of their descriptors.
-fn restore(stage: &Stage, finish: bool) -> Vec<io::PipeReader> {
-    let listener = stage.daemon();
+fn restore(stage: &mut Stage, finish: bool) -> Vec<io::PipeReader> {
     let mut criu = stage.criu();
-    let mut daemon = listener.accept().unwrap().0;
     let mut readers = Vec::new();
     for pid in [1, -9, 4_194_304] {
         if pid < 0 {
             send(&mut criu, pid, None::<OwnedFd>);
-            assert_eq!(receive(&mut daemon).0, pid);
+            assert_eq!(receive(&mut stage.process).0, pid);
             continue;
         }
         let (reader, writer) = userfaultfd();
         send(&mut criu, pid, Some(writer));
-        let (found, fd) = receive(&mut daemon);
+        let (found, fd) = receive(&mut stage.process);
         assert_eq!(found, pid);
-        // It is the same pipe; the daemon's copy is closed here, as when it dies.
+        // It is the same pipe; the process's copy is closed here, as when it dies.
         File::from(fd.unwrap()).write_all(b"x").unwrap();
         readers.push(reader);
     }
     if finish {
         criu.write_all(&FINISHED.to_ne_bytes()).unwrap();
-        assert_eq!(receive(&mut daemon).0, FINISHED.cast_signed());
+        assert_eq!(receive(&mut stage.process).0, FINISHED.cast_signed());
     }
     readers
 }
 
 #[test]
 fn a_load_that_ends_well_closes_the_descriptors() {
-    let stage = Stage::new();
-    let readers = restore(&stage, true);
+    let mut stage = Stage::new();
+    let readers = restore(&mut stage, true);
     assert!(readers.iter().all(|reader| !all_closed(reader)));
-    assert!(matches!(
-        stage.pager.ended(DaemonExit::Code(0)),
-        Ended::Loaded
-    ));
+    assert!(matches!(stage.ended(PagerExit::Code(0), ""), Ended::Loaded));
     assert!(readers.iter().all(all_closed));
 }
 
-/// The promise: when the pager is killed in mid-load, no descriptor is closed before the tasks are dead.
+/// The promise: when the pager is killed in mid-load, no descriptor is closed before the tasks are dead,
+/// and neither is that of a process that was forked since the restore.
 #[test]
-fn a_dead_daemon_closes_nothing_until_the_tasks_are_dead() {
-    for exit in [DaemonExit::Signal(9), DaemonExit::Code(1)] {
-        let stage = Stage::new();
-        let readers = restore(&stage, true);
-        let Ended::Died(orphans) = stage.pager.ended(exit) else {
+fn a_dead_pager_closes_nothing_until_the_tasks_are_dead() {
+    for exit in [PagerExit::Signal(9), PagerExit::Code(1)] {
+        let mut stage = Stage::new();
+        let mut readers = restore(&mut stage, true);
+        let (reader, writer) = userfaultfd();
+        send(&mut stage.process, 0, Some(writer));
+        readers.push(reader);
+        let Ended::Died(orphans) = stage.ended(exit, "cannot read pages\n") else {
             panic!("{exit:?} taken for success");
         };
-        assert!(
-            orphans.reason().contains(&exit.to_string()),
-            "{}",
-            orphans.reason()
-        );
+        let reason = format!("the pager {exit} before all memory was in: cannot read pages");
+        assert_eq!(orphans.reason(), reason);
         assert!(!readers.iter().any(all_closed));
         let (orphans, ()) = orphans.kill_then_release(|| Err(())).unwrap_err();
         assert!(!readers.iter().any(all_closed));
@@ -173,21 +176,21 @@ fn a_dead_daemon_closes_nothing_until_the_tasks_are_dead() {
 
 #[test]
 fn dropped_in_any_state_nothing_is_closed() {
-    let stage = Stage::new();
-    let readers = restore(&stage, true);
-    drop(stage.pager);
+    let mut stage = Stage::new();
+    let readers = restore(&mut stage, true);
+    drop(stage);
     assert!(!readers.iter().any(all_closed));
-    let stage = Stage::new();
-    let readers = restore(&stage, true);
-    drop(stage.pager.ended(DaemonExit::Signal(9)));
+    let mut stage = Stage::new();
+    let readers = restore(&mut stage, true);
+    drop(stage.ended(PagerExit::Signal(9), ""));
     assert!(!readers.iter().any(all_closed));
 }
 
 #[test]
 fn success_before_criu_has_finished_is_no_success() {
-    let stage = Stage::new();
-    let readers = restore(&stage, false);
-    let ended = stage.pager.ended(DaemonExit::Code(0));
+    let mut stage = Stage::new();
+    let readers = restore(&mut stage, false);
+    let ended = stage.ended(PagerExit::Code(0), "");
     assert!(matches!(&ended, Ended::Died(orphans) if orphans.reason().contains("not finished")));
     assert!(!readers.iter().any(all_closed));
 }
@@ -197,34 +200,16 @@ fn a_restore_that_never_came_or_hangs_is_given_up_at_once() {
     let begun = Instant::now();
     let stage = Stage::new();
     stage.pager.abandon(|| Ok::<(), ()>(())).unwrap();
-    // CRIU has connected, and no daemon ever comes.
+    // CRIU has connected, and says nothing.
     let stage = Stage::new();
     let _criu = stage.criu();
     stage.pager.abandon(|| Ok::<(), ()>(())).unwrap();
     // CRIU has sent one process and says nothing more.
-    let stage = Stage::new();
-    let listener = stage.daemon();
+    let mut stage = Stage::new();
     let mut criu = stage.criu();
-    let mut daemon = listener.accept().unwrap().0;
     let (reader, writer) = userfaultfd();
     send(&mut criu, 1, Some(writer));
-    drop(receive(&mut daemon));
-    assert_eq!(stage.pager.processes(), 1);
+    drop(receive(&mut stage.process));
     stage.pager.abandon(|| Ok::<(), ()>(())).unwrap();
     assert!(all_closed(&reader) && begun.elapsed() < Duration::from_secs(5));
-}
-
-#[test]
-fn the_daemon_gets_the_image_and_a_folder_of_its_own() {
-    let stage = Stage::new();
-    let Argv { program, args } = stage.pager.daemon().clone();
-    let args: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
-    assert_eq!(
-        (program.as_path(), args[0].as_ref()),
-        (Path::new("/usr/sbin/criu"), "lazy-pages")
-    );
-    let value = |option| &args[args.iter().position(|arg| arg == option).unwrap() + 1];
-    assert!(value("--images-dir").ends_with("/team-a/warm/1/criu"));
-    assert!(value("--work-dir").ends_with("/pager"));
-    stage.pager.abandon(|| Ok::<(), ()>(())).unwrap();
 }

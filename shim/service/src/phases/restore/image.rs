@@ -63,11 +63,6 @@ async fn fitting(
         lazily(fixed),
     );
     let ((image, tasks), lazily) = (image?, lazily?);
-    // CRIU's pager frees a process that is complete and relies on its descriptor being closed, which our
-    // duplicate prevents: with a second process beside it, it can spin on the stale one for ever. Until
-    // there is a pager of our own, several processes come in eagerly unless the node insists.
-    let several = image.manifest().facts.processes.len() > 1;
-    let lazily = lazily && (!several || fixed.shared.node.restore.paging == Paging::Lazy);
     let host = host.map_err(cannot)?;
     let facts = &image.manifest().facts;
     fit(

@@ -8,15 +8,15 @@ use std::{
 
 use rekindle_checkpoint::{
     VerifiedImage,
-    pager::{DaemonExit, Ended, Pager},
+    pager::{Ended, Pager, PagerExit},
 };
 
 use super::PhaseError;
 use crate::{
     context::Fixed,
+    data,
     error::{Error, sentence},
     exits::{Child, Exit},
-    host::CRIU,
     sys,
 };
 
@@ -28,7 +28,7 @@ pub(crate) const PAGER_PID: &str = "pager.pid";
 #[derive(Debug)]
 pub(crate) struct Loading {
     pager: Pager,
-    daemon: Child,
+    process: Child,
 }
 
 /// Starts the pager of a restore that is about to begin.
@@ -41,26 +41,27 @@ pub(super) fn start(
         id: fixed.id.clone(),
         reason,
     };
-    let pager = Pager::start(Path::new(CRIU), image, work).map_err(|e| cannot(sentence(&e)))?;
-    let argv = pager.daemon();
-    #[allow(clippy::disallowed_methods, reason = "the launch of CRIU's pager")]
-    let mut command = Command::new(&argv.program);
-    command.args(&argv.args).current_dir("/");
+    let program = data::program();
+    let (pager, launch) = Pager::start(&program, image, work).map_err(|e| cannot(sentence(&e)))?;
+    #[allow(clippy::disallowed_methods, reason = "the launch of the pager")]
+    let mut command = Command::new(&launch.argv.program);
+    command.args(&launch.argv.args).current_dir("/");
     command
-        .stdin(Stdio::null())
+        .stdin(launch.stdin)
         .stdout(Stdio::null())
-        .stderr(Stdio::null());
+        .stderr(launch.stderr);
     match fixed.runc.exits.spawn(&mut command) {
-        Ok(daemon) => {
+        Ok(process) => {
             let file = fixed.bundle.join(PAGER_PID);
-            if let Err(error) = std::fs::write(&file, daemon.pid.to_string()) {
+            if let Err(error) = std::fs::write(&file, process.pid.to_string()) {
                 tracing::warn!(%error, "a killed shim's delete will not find the pager");
             }
-            Ok(Loading { pager, daemon })
+            Ok(Loading { pager, process })
         }
         Err(error) => {
             let _ = pager.abandon(|| Ok::<(), ()>(()));
-            Err(cannot(format!("starting {CRIU} lazy-pages: {error}")).into())
+            let program = program.display();
+            Err(cannot(format!("starting the pager, {program}: {error}")).into())
         }
     }
 }
@@ -74,9 +75,9 @@ impl Loading {
         K: Future<Output = ()>,
         E: Future<Output = ()>,
     {
-        let Self { pager, daemon } = self;
-        let pid = daemon.pid;
-        let exit = daemon.exit.wait();
+        let Self { pager, process } = self;
+        let pid = process.pid;
+        let exit = process.exit.wait();
         tokio::pin!(exit);
         let exit = tokio::select! {
             exit = &mut exit => exit,
@@ -87,7 +88,7 @@ impl Loading {
                 return;
             }
         };
-        match pager.ended(daemon_exit(exit)) {
+        match pager.ended(pager_exit(exit)) {
             Ended::Loaded => tracing::info!(id, "all memory is in"),
             Ended::Died(orphans) => {
                 tracing::error!(id, reason = orphans.reason(), "the container is ended");
@@ -102,17 +103,17 @@ impl Loading {
 impl Loading {
     /// Gives up on a restore whose tasks are gone.
     pub(super) async fn abandon(self) {
-        let Self { pager, daemon } = self;
-        let _ = sys::kill(daemon.pid, libc::SIGKILL);
-        daemon.exit.wait().await;
+        let Self { pager, process } = self;
+        let _ = sys::kill(process.pid, libc::SIGKILL);
+        process.exit.wait().await;
         let _ = pager.abandon(|| Ok::<(), ()>(()));
     }
 }
 
-fn daemon_exit(exit: Exit) -> DaemonExit {
+fn pager_exit(exit: Exit) -> PagerExit {
     match i32::try_from(exit.status) {
-        Ok(status @ 129..) => DaemonExit::Signal(status - 128),
-        Ok(status) => DaemonExit::Code(status),
-        Err(_) => DaemonExit::Code(255),
+        Ok(status @ 129..) => PagerExit::Signal(status - 128),
+        Ok(status) => PagerExit::Code(status),
+        Err(_) => PagerExit::Code(255),
     }
 }

@@ -1,0 +1,259 @@
+//! The memory of one restored process, until all of it is in.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+};
+
+use super::{
+    ServeError,
+    missing::{Missing, Piece},
+    userfaultfd::{Event, Refusal, Userfaultfd},
+};
+use crate::criu_image::pages_file;
+
+/// Around a page that a thread waits for, the aligned block of this size comes in with it: what a program
+/// touches next mostly lies there, and each fault costs two switches of context, as much as 16 pages.
+pub(super) const FAULT_BLOCK: u64 = 64 << 10;
+
+/// The memory of one restored process.
+#[derive(Debug)]
+pub(super) struct Space {
+    /// Its number in the container; 0 for one that was forked after the restore.
+    pid: i32,
+    userfaultfd: Userfaultfd,
+    pages: Arc<Pages>,
+    /// What the kernel tells is read with this held alone, and pages are put with it shared. So a page
+    /// never goes to where the process has meanwhile put something else: between the reading of "this
+    /// range is gone" and the entry of that into `missing`, nobody copies.
+    gate: RwLock<()>,
+    missing: Mutex<Missing>,
+    /// Pages that threads wait for and that could not be put yet.
+    waiting: Mutex<Vec<u64>>,
+    /// Where to load next: behind what was loaded or asked for last.
+    cursor: Mutex<u64>,
+}
+
+/// A pages file of the image.
+#[derive(Debug)]
+struct Pages {
+    path: PathBuf,
+    file: File,
+}
+
+impl Space {
+    /// That of a process whose images are in `criu_dir`.
+    ///
+    /// # Errors
+    /// When its images cannot be read or are malformed.
+    pub(super) fn open(
+        criu_dir: &Path,
+        pid: i32,
+        userfaultfd: Userfaultfd,
+    ) -> Result<Self, ServeError> {
+        let (missing, pages_id) = Missing::read(criu_dir, pid)?;
+        let path = criu_dir.join(pages_file(pages_id));
+        let file = File::open(&path).map_err(|source| ServeError::Pages {
+            path: path.clone(),
+            source,
+        })?;
+        let pages = Arc::new(Pages { path, file });
+        Ok(Self::new(pid, userfaultfd, pages, missing))
+    }
+
+    fn new(pid: i32, userfaultfd: Userfaultfd, pages: Arc<Pages>, missing: Missing) -> Self {
+        Self {
+            pid,
+            userfaultfd,
+            pages,
+            gate: RwLock::default(),
+            missing: Mutex::new(missing),
+            waiting: Mutex::default(),
+            cursor: Mutex::new(0),
+        }
+    }
+
+    pub(super) fn userfaultfd(&self) -> &Userfaultfd {
+        &self.userfaultfd
+    }
+
+    /// Whether all is in, and no thread is about to put more.
+    pub(super) fn is_complete(&self) -> bool {
+        let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+        lock(&self.missing).is_empty() && lock(&self.waiting).is_empty()
+    }
+
+    /// Hears all that the kernel has to tell, and answers the faults. `forked` gets the spaces of children.
+    /// Says whether threads still wait: call it again soon then.
+    ///
+    /// # Errors
+    /// When a page cannot be had, or the kernel refuses it for no reason that is known.
+    pub(super) fn serve(
+        &self,
+        buffer: &mut [u8],
+        mut forked: impl FnMut(Self) -> Result<(), ServeError>,
+    ) -> Result<bool, ServeError> {
+        let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+        let page_size = rustix::param::page_size() as u64;
+        let mut waiting = std::mem::take(&mut *lock(&self.waiting));
+        loop {
+            let event = self.userfaultfd.read();
+            match event.map_err(|source| self.kernel("read from", source))? {
+                Some(Event::Fault(address)) => waiting.push(address & !(page_size - 1)),
+                Some(Event::Gone { start, end }) => drop(lock(&self.missing).remove(start, end)),
+                Some(Event::Moved { from, to, bytes }) => {
+                    lock(&self.missing).shift(from, to, bytes);
+                }
+                Some(Event::Fork(userfaultfd)) => {
+                    let missing = lock(&self.missing).clone();
+                    let pages = Arc::clone(&self.pages);
+                    forked(Self::new(0, userfaultfd, pages, missing))?;
+                }
+                None => break,
+            }
+        }
+        // In the order in which they came, each once: two threads may wait for one page.
+        let mut still = Vec::new();
+        for vaddr in waiting {
+            if !still.contains(&vaddr) && !self.answer(vaddr, page_size, buffer)? {
+                still.push(vaddr);
+            }
+        }
+        let any = !still.is_empty();
+        *lock(&self.waiting) = still;
+        Ok(any)
+    }
+
+    /// Answers a fault; says whether it could be answered now. The gate must be held alone.
+    fn answer(&self, vaddr: u64, page_size: u64, buffer: &mut [u8]) -> Result<bool, ServeError> {
+        let block = vaddr & !(FAULT_BLOCK - 1);
+        let piece = lock(&self.missing).take_around(vaddr, block, block + FAULT_BLOCK);
+        let Some(piece) = piece else {
+            // Never in the image, or given up since: zeros. Or in already, or unmapped, and then the thread
+            // looks again.
+            return match self.userfaultfd.zero(vaddr, page_size) {
+                None | Some(Refusal::Exited) => Ok(true),
+                Some(Refusal::Present | Refusal::NotMapped) => {
+                    self.userfaultfd.wake(vaddr, page_size);
+                    Ok(true)
+                }
+                Some(Refusal::Busy) => Ok(false),
+                Some(Refusal::Failed(errno)) => Err(self.refused(vaddr, errno)),
+            };
+        };
+        *lock(&self.cursor) = piece.end();
+        let bytes = &mut buffer[..piece.bytes as usize];
+        self.pages.read(piece.at, bytes)?;
+        let left = self.put(piece, bytes, page_size)?;
+        Ok(left.is_none_or(|left| vaddr < left.vaddr))
+    }
+
+    /// Brings in the next part, at most as much as the buffer holds. Says none when nothing is left, and
+    /// otherwise whether it could be done now.
+    ///
+    /// # Errors
+    /// As for [`Self::serve`].
+    pub(super) fn load(&self, buffer: &mut [u8]) -> Result<Option<bool>, ServeError> {
+        let page_size = rustix::param::page_size() as u64;
+        let wanted = {
+            let mut cursor = lock(&self.cursor);
+            let next = lock(&self.missing).next(*cursor, buffer.len() as u64);
+            let Some(next) = next else { return Ok(None) };
+            *cursor = next.end();
+            next
+        };
+        // It stays missing while it is read, and nobody waits for the disk: a fault there is answered by
+        // the other thread.
+        let bytes = &mut buffer[..wanted.bytes as usize];
+        self.pages.read(wanted.at, bytes)?;
+        let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        let parts = lock(&self.missing).remove(wanted.vaddr, wanted.end());
+        let mut done = true;
+        for part in parts {
+            let begin = (part.vaddr - wanted.vaddr) as usize;
+            // Not so when other memory was moved there meanwhile, or this thread is behind by now.
+            let same = part.at == wanted.at + begin as u64;
+            if done && same {
+                let bytes = &bytes[begin..][..part.bytes as usize];
+                done = self.put(part, bytes, page_size)?.is_none();
+            } else {
+                lock(&self.missing).insert(part);
+            }
+        }
+        Ok(Some(done))
+    }
+
+    /// Puts a piece that was taken. What could not be put for now is missing again, and is returned.
+    fn put(&self, piece: Piece, bytes: &[u8], page_size: u64) -> Result<Option<Piece>, ServeError> {
+        let page = page_size as usize;
+        let mut rest = bytes;
+        let mut most = bytes.len();
+        while !rest.is_empty() {
+            let put = (bytes.len() - rest.len()) as u64;
+            let vaddr = piece.vaddr + put;
+            let attempt = &rest[..most.min(rest.len())];
+            let (mut done, refusal) = self.userfaultfd.copy(vaddr, attempt);
+            match refusal {
+                None => most = bytes.len(),
+                Some(Refusal::Busy) => {
+                    let left = Piece {
+                        vaddr,
+                        bytes: piece.bytes - put,
+                        at: piece.at + put,
+                    };
+                    lock(&self.missing).insert(left);
+                    return Ok(Some(left));
+                }
+                Some(Refusal::Exited) => {
+                    *lock(&self.missing) = Missing::default();
+                    return Ok(None);
+                }
+                // The process has put a boundary into it since (`mprotect`): smaller parts, down to a page
+                // that is in no mapping of ours, and so nobody can wait for it.
+                Some(Refusal::NotMapped) if attempt.len() > page => {
+                    most = (attempt.len() / 2).next_multiple_of(page);
+                }
+                Some(Refusal::NotMapped | Refusal::Present) => {
+                    self.userfaultfd.wake(vaddr, page_size);
+                    done = page;
+                }
+                Some(Refusal::Failed(errno)) => return Err(self.refused(vaddr, errno)),
+            }
+            rest = &rest[done..];
+        }
+        Ok(None)
+    }
+
+    fn kernel(&self, doing: &'static str, source: io::Error) -> ServeError {
+        ServeError::Kernel {
+            doing,
+            pid: self.pid,
+            source,
+        }
+    }
+
+    fn refused(&self, vaddr: u64, errno: nix::errno::Errno) -> ServeError {
+        ServeError::Refused {
+            vaddr,
+            pid: self.pid,
+            source: errno.into(),
+        }
+    }
+}
+
+impl Pages {
+    fn read(&self, at: u64, into: &mut [u8]) -> Result<(), ServeError> {
+        let read = self.file.read_exact_at(into, at);
+        read.map_err(|source| ServeError::Pages {
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

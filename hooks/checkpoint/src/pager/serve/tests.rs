@@ -1,0 +1,422 @@
+//! On real userfaultfds: parts of this process's own memory stand for restored processes.
+#![allow(
+    unsafe_code,
+    reason = "memory that is mapped, moved and given up on purpose"
+)]
+
+use std::{
+    ffi::c_void,
+    fs,
+    os::fd::{FromRawFd, RawFd},
+    sync::{MutexGuard, mpsc},
+    thread::JoinHandle,
+};
+
+use linux_raw_sys::general::{
+    _UFFDIO_API, _UFFDIO_REGISTER, UFFD_API, UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP,
+    UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP, UFFD_USER_MODE_ONLY, UFFDIO, uffdio_api,
+    uffdio_range, uffdio_register,
+};
+use nix::{
+    sys::wait::{WaitStatus, waitpid},
+    unistd::{ForkResult, fork},
+};
+
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+
+use super::*;
+use crate::criu_image::{
+    PE_LAZY, PE_PRESENT,
+    tests::{mappings, pagemap},
+};
+
+const PAGE: usize = 4096;
+const MISSING: u64 = 1;
+
+mod ioctl {
+    use super::*;
+    nix::ioctl_readwrite!(api, UFFDIO, _UFFDIO_API, uffdio_api);
+    nix::ioctl_readwrite!(register, UFFDIO, _UFFDIO_REGISTER, uffdio_register);
+}
+
+fn map(at: Option<usize>, pages: usize) -> usize {
+    let fixed = at.map_or(MapFlags::empty(), |_| MapFlags::FIXED);
+    let both = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | fixed;
+    // SAFETY: fresh memory, or in the place of memory that only this test uses, by address.
+    let mapped =
+        unsafe { mm::mmap_anonymous(pointer(at.unwrap_or_default()), pages * PAGE, both, flags) };
+    mapped.unwrap().expose_provenance()
+}
+
+fn pointer(vaddr: usize) -> *mut c_void {
+    std::ptr::with_exposed_provenance_mut(vaddr)
+}
+
+/// A userfaultfd of this process, and whether it tells of forks (which takes a privilege).
+fn userfaultfd() -> (OwnedFd, bool) {
+    let events = UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP;
+    for (flags, features) in [
+        (0, events | UFFD_FEATURE_EVENT_FORK),
+        (UFFD_USER_MODE_ONLY as i32, events),
+    ] {
+        // SAFETY: makes a descriptor.
+        let fd =
+            unsafe { nix::libc::syscall(nix::libc::SYS_userfaultfd, nix::libc::O_CLOEXEC | flags) };
+        if fd < 0 {
+            continue;
+        }
+        // SAFETY: it is this function's.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+        let mut api = uffdio_api {
+            api: u64::from(UFFD_API),
+            features: u64::from(features),
+            ioctls: 0,
+        };
+        // SAFETY: the kernel reads and writes `api`.
+        if unsafe { ioctl::api(std::os::fd::AsRawFd::as_raw_fd(&fd), &raw mut api) }.is_ok() {
+            return (fd, flags == 0);
+        }
+    }
+    panic!("this kernel gives no userfaultfd");
+}
+
+/// What an image folder has of this page: every word of it.
+fn word(page: usize) -> u64 {
+    0x1000_0000 + page as u64
+}
+
+/// A "process": fresh memory whose pages are all missing, and a folder with its image. Pages whose number
+/// ends in 7 are not in the image.
+struct Process {
+    base: usize,
+    pages: usize,
+    userfaultfd: Option<OwnedFd>,
+    forks: bool,
+    /// What the process must find in each page.
+    model: Vec<u64>,
+}
+
+impl Process {
+    fn new(dir: &Path, pid: i32, pages: usize) -> Self {
+        let base = map(None, pages);
+        let in_image = |page: &usize| page % 10 != 7;
+        let runs: Vec<(u64, u64, u32)> = (0..pages)
+            .filter(in_image)
+            .collect::<Vec<_>>()
+            .chunk_by(|a, b| a + 1 == *b)
+            .map(|run| {
+                (
+                    (base + run[0] * PAGE) as u64,
+                    run.len() as u64,
+                    PE_LAZY | PE_PRESENT,
+                )
+            })
+            .collect();
+        let number = pid.cast_unsigned();
+        fs::write(
+            dir.join(format!("pagemap-{pid}.img")),
+            pagemap(number, &runs),
+        )
+        .unwrap();
+        let range = (base as u64, (base + pages * PAGE) as u64);
+        fs::write(dir.join(format!("mm-{pid}.img")), mappings(&[range])).unwrap();
+        let bytes: Vec<u8> = (0..pages)
+            .filter(in_image)
+            .flat_map(|page| word(page).to_ne_bytes().repeat(PAGE / 8))
+            .collect();
+        fs::write(dir.join(format!("pages-{pid}.img")), bytes).unwrap();
+        let (userfaultfd, forks) = userfaultfd();
+        let mut register = uffdio_register {
+            range: uffdio_range {
+                start: base as u64,
+                len: (pages * PAGE) as u64,
+            },
+            mode: MISSING,
+            ioctls: 0,
+        };
+        // SAFETY: the memory is this test's, and only looked at by address.
+        unsafe {
+            ioctl::register(
+                std::os::fd::AsRawFd::as_raw_fd(&userfaultfd),
+                &raw mut register,
+            )
+        }
+        .unwrap();
+        let model = (0..pages).map(|page| if in_image(&page) { word(page) } else { 0 });
+        Self {
+            base,
+            pages,
+            userfaultfd: Some(userfaultfd),
+            forks,
+            model: model.collect(),
+        }
+    }
+
+    /// Gives the only descriptor away: when the pager closes it, what never was in the image is zeros.
+    fn give(&mut self, relay: &mut UnixStream, pid: i32) {
+        let fd = self.userfaultfd.take().unwrap();
+        protocol::send(relay, &Word::Process(pid, fd)).unwrap();
+    }
+
+    fn vaddr(&self, page: usize) -> usize {
+        self.base + page * PAGE
+    }
+
+    fn words(&self, page: usize) -> *mut u64 {
+        std::ptr::with_exposed_provenance_mut(self.vaddr(page))
+    }
+
+    /// The first page that is not what it should be. Allocates nothing: a forked child runs it.
+    fn wrong(&self) -> Option<usize> {
+        (0..self.pages).find(|page| !self.is_right(*page))
+    }
+
+    fn is_right(&self, page: usize) -> bool {
+        // SAFETY: a mapped page of this test's memory.
+        (0..PAGE / 8)
+            .all(|i| unsafe { self.words(page).add(i).read_volatile() } == self.model[page])
+    }
+
+    fn write(&mut self, page: usize, value: u64) {
+        for i in 0..PAGE / 8 {
+            // SAFETY: a mapped, writable page of this test's memory.
+            unsafe { self.words(page).add(i).write_volatile(value) };
+        }
+        self.model[page] = value;
+    }
+
+    fn give_up(&mut self, page: usize, count: usize) {
+        // SAFETY: this test's memory, only looked at by address.
+        unsafe {
+            mm::madvise(
+                pointer(self.vaddr(page)),
+                count * PAGE,
+                Advice::LinuxDontNeed,
+            )
+        }
+        .unwrap();
+        self.model[page..page + count].fill(0);
+    }
+
+    fn map_anew(&mut self, page: usize, count: usize) {
+        map(Some(self.vaddr(page)), count);
+        self.model[page..page + count].fill(0);
+    }
+
+    /// Two boundaries in the middle, which no event tells.
+    fn protect(&self, page: usize, count: usize) {
+        for protection in [
+            MprotectFlags::empty(),
+            MprotectFlags::READ | MprotectFlags::WRITE,
+        ] {
+            // SAFETY: this test's memory, which nobody reads meanwhile.
+            unsafe { mm::mprotect(pointer(self.vaddr(page)), count * PAGE, protection) }.unwrap();
+        }
+    }
+
+    fn move_to(&mut self, from: usize, to: usize, count: usize) {
+        // A move takes one mapping, and earlier moves have left boundaries: page by page.
+        for i in 0..count {
+            let flags = MremapFlags::MAYMOVE;
+            let (old, new) = (pointer(self.vaddr(from + i)), pointer(self.vaddr(to + i)));
+            // SAFETY: both are this test's memory.
+            unsafe { mm::mremap_fixed(old, PAGE, PAGE, flags, new) }.unwrap();
+            self.model[to + i] = self.model[from + i];
+        }
+        self.map_anew(from, count);
+    }
+
+    /// A child finds the same.
+    fn fork(&self) {
+        if !self.forks {
+            return;
+        }
+        // SAFETY: the child reads memory and ends; it allocates nothing and takes no lock.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Child => {
+                let status = i32::from(self.wrong().is_some());
+                // SAFETY: ends the process, with none of the parent's handlers.
+                unsafe { nix::libc::_exit(status) }
+            }
+            ForkResult::Parent { child } => {
+                assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // SAFETY: nobody looks at it any more.
+        let _ = unsafe { mm::munmap(pointer(self.base), self.pages * PAGE) };
+    }
+}
+
+/// One test at a time: a fork copies the memory of all of them, and their descriptors.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A pager on a thread of its own.
+struct Serving {
+    relay: UnixStream,
+    thread: JoinHandle<Result<Served, ServeError>>,
+}
+
+impl Serving {
+    fn new(dir: &Path) -> Self {
+        let (relay, theirs) = UnixStream::pair().unwrap();
+        let dir = dir.to_owned();
+        // Who holds duplicates lets them go when the pager ends; this one does not hold them at all.
+        let mut children = relay.try_clone().unwrap();
+        thread::spawn(move || while let Ok(Some(_)) = protocol::receive(&mut children) {});
+        let thread = thread::spawn(move || serve(theirs, &dir));
+        Self { relay, thread }
+    }
+
+    fn finish(&mut self) {
+        protocol::send(&mut self.relay, &Word::Finished).unwrap();
+    }
+
+    fn end(self) -> Result<Served, ServeError> {
+        self.thread.join().unwrap()
+    }
+}
+
+/// Numbers from a seed (xorshift).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, most: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % most as u64) as usize
+    }
+}
+
+/// The promise: whatever a process does to its memory while it comes in, it finds what it would have found
+/// if all had been there from the start.
+#[test]
+fn a_process_finds_what_it_would_have_found() {
+    let _turn = turn();
+    const PAGES: usize = 4000;
+    for seed in 1..=16 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut process = Process::new(dir.path(), 1, PAGES);
+        let mut serving = Serving::new(dir.path());
+        process.give(&mut serving.relay, 1);
+        let mut dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        serving.finish();
+        for _ in 0..150 {
+            let count = 1 + dice.below(40);
+            let page = dice.below(PAGES - count);
+            match dice.below(16) {
+                0..5 => assert!(process.is_right(page), "seed {seed}: page {page}"),
+                5..8 => process.write(page, seed + page as u64),
+                8..10 => process.give_up(page, count),
+                10..12 => process.protect(page, count),
+                12 => process.map_anew(page, count),
+                13..15 => {
+                    let to = dice.below(PAGES - count);
+                    if page.abs_diff(to) >= count {
+                        process.move_to(page, to, count);
+                    }
+                }
+                _ => process.fork(),
+            }
+        }
+        assert_eq!(process.wrong(), None, "seed {seed}");
+        serving.end().unwrap();
+        // And what was not looked at before the last descriptor was closed is no zero either.
+        assert_eq!(process.wrong(), None, "seed {seed}");
+    }
+}
+
+/// A regression: CRIU's own pager could spin for ever on a small process that was complete, while a large
+/// one beside it still came in.
+#[test]
+fn a_small_process_is_answered_while_a_large_one_comes_in() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut small = Process::new(dir.path(), 1, 8);
+    let mut large = Process::new(dir.path(), 2, 40_000);
+    let mut serving = Serving::new(dir.path());
+    small.give(&mut serving.relay, 1);
+    large.give(&mut serving.relay, 2);
+    // A zombie between them has no memory.
+    protocol::send(&mut serving.relay, &Word::Zombie(3)).unwrap();
+    serving.finish();
+    // Page 7 was never in the image: it has to be asked for, however complete the process is.
+    assert!((0..7).all(|page| small.is_right(page)));
+    let (told, answered) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(|| told.send(small.is_right(7)).unwrap());
+        assert!(large.is_right(39_999) && answered.recv().unwrap());
+    });
+    let served = serving.end().unwrap();
+    assert_eq!(served.processes, 2);
+    assert_eq!((small.wrong(), large.wrong()), (None, None));
+}
+
+#[test]
+fn before_the_restore_is_finished_only_faults_are_answered() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::new(dir.path(), 1, 1000);
+    let mut serving = Serving::new(dir.path());
+    process.give(&mut serving.relay, 1);
+    assert!(process.is_right(500));
+    // Nobody says that it is finished, and nobody will.
+    drop(serving.relay);
+    let ended = serving.thread.join().unwrap();
+    assert!(matches!(ended, Err(ServeError::Abandoned)), "{ended:?}");
+}
+
+#[test]
+fn who_is_left_alone_after_the_restore_gets_its_memory_all_the_same() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::new(dir.path(), 1, 20_000);
+    let mut serving = Serving::new(dir.path());
+    process.give(&mut serving.relay, 1);
+    serving.finish();
+    drop(serving.relay);
+    assert_eq!(process.wrong(), None);
+    serving.thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_page_that_cannot_be_had_ends_it() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::new(dir.path(), 1, 1000);
+    let pages = dir.path().join("pages-1.img");
+    let file = fs::File::options().write(true).open(&pages).unwrap();
+    file.set_len(500 * PAGE as u64).unwrap();
+    let mut serving = Serving::new(dir.path());
+    process.give(&mut serving.relay, 1);
+    serving.finish();
+    let ended = serving.end();
+    assert!(
+        matches!(&ended, Err(ServeError::Pages { path, .. }) if *path == pages),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_process_without_an_image_ends_it() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::new(dir.path(), 1, 10);
+    let mut serving = Serving::new(dir.path());
+    process.give(&mut serving.relay, 2);
+    let ended = serving.end();
+    assert!(
+        matches!(ended, Err(ServeError::Image(CriuImageError::Read { .. }))),
+        "{ended:?}"
+    );
+}

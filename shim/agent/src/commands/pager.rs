@@ -1,0 +1,28 @@
+//! `rekindle pager`: hidden; the process that a shim starts beside a lazy restore, and that outlives it.
+
+use std::{
+    io,
+    os::{fd::AsFd as _, unix::net::UnixStream},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use anyhow::Context as _;
+use clap::Args;
+use rekindle_checkpoint::pager;
+
+/// Its standard input is the connection to the shim, over which the processes come.
+#[derive(Debug, Args)]
+pub(crate) struct PagerArgs {
+    /// The folder of CRIU's images.
+    #[arg(long)]
+    images: PathBuf,
+}
+
+pub(crate) fn run(args: &PagerArgs) -> anyhow::Result<ExitCode> {
+    let stdin = io::stdin();
+    let relay = stdin.as_fd().try_clone_to_owned();
+    let relay = UnixStream::from(relay.context("duplicating the connection to the shim")?);
+    pager::serve(relay, &args.images)?;
+    Ok(ExitCode::SUCCESS)
+}
