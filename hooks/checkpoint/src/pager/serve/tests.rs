@@ -17,10 +17,6 @@ use linux_raw_sys::general::{
     UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP, UFFD_USER_MODE_ONLY, UFFDIO, uffdio_api,
     uffdio_range, uffdio_register,
 };
-use nix::{
-    sys::wait::{WaitStatus, waitpid},
-    unistd::{ForkResult, fork},
-};
 
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
@@ -53,8 +49,8 @@ fn pointer(vaddr: usize) -> *mut c_void {
     std::ptr::with_exposed_provenance_mut(vaddr)
 }
 
-/// A userfaultfd of this process, and whether it tells of forks (which takes a privilege).
-fn userfaultfd() -> (OwnedFd, bool) {
+/// A userfaultfd of this process, which tells of forks where this test has the privilege.
+fn userfaultfd() -> OwnedFd {
     let events = UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP;
     for (flags, features) in [
         (0, events | UFFD_FEATURE_EVENT_FORK),
@@ -75,7 +71,7 @@ fn userfaultfd() -> (OwnedFd, bool) {
         };
         // SAFETY: the kernel reads and writes `api`.
         if unsafe { ioctl::api(std::os::fd::AsRawFd::as_raw_fd(&fd), &raw mut api) }.is_ok() {
-            return (fd, flags == 0);
+            return fd;
         }
     }
     panic!("this kernel gives no userfaultfd");
@@ -92,7 +88,6 @@ struct Process {
     base: usize,
     pages: usize,
     userfaultfd: Option<OwnedFd>,
-    forks: bool,
     /// What the process must find in each page.
     model: Vec<u64>,
 }
@@ -126,7 +121,7 @@ impl Process {
             .flat_map(|page| word(page).to_ne_bytes().repeat(PAGE / 8))
             .collect();
         fs::write(dir.join(format!("pages-{pid}.img")), bytes).unwrap();
-        let (userfaultfd, forks) = userfaultfd();
+        let userfaultfd = userfaultfd();
         let mut register = uffdio_register {
             range: uffdio_range {
                 start: base as u64,
@@ -148,7 +143,6 @@ impl Process {
             base,
             pages,
             userfaultfd: Some(userfaultfd),
-            forks,
             model: model.collect(),
         }
     }
@@ -226,24 +220,6 @@ impl Process {
         }
         self.map_anew(from, count);
     }
-
-    /// A child finds the same.
-    fn fork(&self) {
-        if !self.forks {
-            return;
-        }
-        // SAFETY: the child reads memory and ends; it allocates nothing and takes no lock.
-        match unsafe { fork() }.unwrap() {
-            ForkResult::Child => {
-                let status = i32::from(self.wrong().is_some());
-                // SAFETY: ends the process, with none of the parent's handlers.
-                unsafe { nix::libc::_exit(status) }
-            }
-            ForkResult::Parent { child } => {
-                assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
-            }
-        }
-    }
 }
 
 impl Drop for Process {
@@ -299,7 +275,7 @@ impl Dice {
 }
 
 /// The promise: whatever a process does to its memory while it comes in, it finds what it would have found
-/// if all had been there from the start.
+/// if all had been there from the start. Forks are not among it yet: see the known limits in `docs/DESIGN.md`.
 #[test]
 fn a_process_finds_what_it_would_have_found() {
     let _turn = turn();
@@ -314,19 +290,18 @@ fn a_process_finds_what_it_would_have_found() {
         for _ in 0..150 {
             let count = 1 + dice.below(40);
             let page = dice.below(PAGES - count);
-            match dice.below(16) {
+            match dice.below(15) {
                 0..5 => assert!(process.is_right(page), "seed {seed}: page {page}"),
                 5..8 => process.write(page, seed + page as u64),
                 8..10 => process.give_up(page, count),
                 10..12 => process.protect(page, count),
                 12 => process.map_anew(page, count),
-                13..15 => {
+                _ => {
                     let to = dice.below(PAGES - count);
                     if page.abs_diff(to) >= count {
                         process.move_to(page, to, count);
                     }
                 }
-                _ => process.fork(),
             }
         }
         assert_eq!(process.wrong(), None, "seed {seed}");
@@ -371,7 +346,7 @@ fn before_the_restore_is_finished_only_faults_are_answered() {
     process.give(&mut serving.relay, 1);
     assert!(process.is_right(500));
     // Nobody says that it is finished, and nobody will.
-    drop(serving.relay);
+    serving.relay.shutdown(std::net::Shutdown::Both).unwrap();
     let ended = serving.thread.join().unwrap();
     assert!(matches!(ended, Err(ServeError::Abandoned)), "{ended:?}");
 }
@@ -384,7 +359,7 @@ fn who_is_left_alone_after_the_restore_gets_its_memory_all_the_same() {
     let mut serving = Serving::new(dir.path());
     process.give(&mut serving.relay, 1);
     serving.finish();
-    drop(serving.relay);
+    serving.relay.shutdown(std::net::Shutdown::Both).unwrap();
     assert_eq!(process.wrong(), None);
     serving.thread.join().unwrap().unwrap();
 }

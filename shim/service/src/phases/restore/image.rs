@@ -99,8 +99,8 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, V
 
 async fn lazily(fixed: &Fixed) -> Result<bool, Error> {
     match fixed.shared.node.restore.paging {
-        Paging::Eager => Ok(false),
-        Paging::Auto => Ok(fixed.shared.host.can_page_lazily(&fixed.runc.exits).await),
+        // Lazily only where it is asked for: see the known limits in docs/DESIGN.md.
+        Paging::Eager | Paging::Auto => Ok(false),
         Paging::Lazy if fixed.shared.host.can_page_lazily(&fixed.runc.exits).await => Ok(true),
         Paging::Lazy => {
             let reason = "restore.paging is \"lazy\" and this kernel or CRIU cannot (`criu check --feature uffd-noncoop`)";
