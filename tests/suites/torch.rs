@@ -74,7 +74,7 @@ impl Stage {
 
 #[tokio::test]
 async fn a_model_server_continues_from_its_image_lazily() -> Result<()> {
-    Stage::new("lazy").await?.continues().await
+    Stage::new("auto").await?.continues().await
 }
 
 #[tokio::test]
@@ -84,7 +84,7 @@ async fn a_model_server_continues_from_its_image_eagerly() -> Result<()> {
 
 #[tokio::test]
 async fn a_model_server_does_not_start_without_its_weights() -> Result<()> {
-    let stage = Stage::new("lazy").await?;
+    let stage = Stage::new("auto").await?;
     let elsewhere = model::server(&stage.node, &stage.image, "elsewhere")
         .annotation("rekindle.dev/dataset", "s3://models/not-there/");
     let (container, created) = elsewhere.try_create().await?;
