@@ -5,6 +5,9 @@ use std::{fs::File, io::BufReader, path::Path};
 use super::{CriuImageError, Records, wire};
 
 const MM_MAGIC: u32 = 0x5749_2820;
+/// Set in the status of what is no mapping but a range of guard pages (`MADV_GUARD_INSTALL`) within one.
+/// CRIU lists these behind all mappings (`criu/include/image.h`, since 4.2).
+const GUARD: u64 = 1 << 16;
 
 /// The mappings of one process, as `mm-<pid>.img` lists them (`images/mm.proto`, `images/vma.proto`): ranges
 /// of addresses, ascending, not overlapping.
@@ -34,7 +37,7 @@ impl Mappings {
         wire::fields(message, |field, _| {
             if field.number == 14 {
                 match range(field.bytes) {
-                    Ok(range) => ranges.push(range),
+                    Ok(range) => ranges.extend(range),
                     Err(what) => malformed = Some(what),
                 }
             }
@@ -59,12 +62,15 @@ impl Mappings {
     }
 }
 
-fn range(message: &[u8]) -> Result<(u64, u64), &'static str> {
-    let (mut start, mut end) = (None, None);
+/// Where a mapping begins and ends; none for a range of guard pages.
+fn range(message: &[u8]) -> Result<Option<(u64, u64)>, &'static str> {
+    let (mut start, mut end, mut status) = (None, None, 0);
     wire::fields(message, |field, _| match field.number {
         1 => start = field.value,
         2 => end = field.value,
+        7 => status = field.value.unwrap_or_default(),
         _ => {}
     })?;
-    start.zip(end).ok_or("a mapping has no address")
+    let range = start.zip(end).ok_or("a mapping has no address")?;
+    Ok((status & GUARD == 0).then_some(range))
 }

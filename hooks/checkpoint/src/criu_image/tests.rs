@@ -70,12 +70,17 @@ pub(crate) fn pagemap(pages_id: u32, runs: &[(u64, u64, u32)]) -> Vec<u8> {
     records::image(PAGEMAP_MAGIC, &messages)
 }
 
-/// The mappings of a process: ranges of addresses.
+/// The mappings of a process: ranges of addresses. The last page of each is a guard, which CRIU lists behind them.
 pub(crate) fn mappings(ranges: &[(u64, u64)]) -> Vec<u8> {
     use records::{Number, Text, message};
+    let guards = ranges.iter().map(|(_, end)| (end - 0x1000, *end, 1 << 16));
     let ranges: Vec<_> = ranges
         .iter()
-        .map(|(start, end)| message(&[(1, Number(*start)), (2, Number(*end))]))
+        .map(|(start, end)| (*start, *end, 1))
+        .chain(guards)
+        .map(|(start, end, status)| {
+            message(&[(1, Number(start)), (2, Number(end)), (7, Number(status))])
+        })
         .collect();
     let fields: Vec<_> = ranges.iter().map(|range| (14, Text(range))).collect();
     records::image(0x5749_2820, &[message(&fields)])
