@@ -46,6 +46,10 @@ mod serve;
 
 pub use serve::{ServeError, Served, serve};
 
+/// What a pager's process exits with when CRIU ended its restore before it was finished: the trouble is
+/// CRIU's.
+pub const ABANDONED: u8 = 3;
+
 /// The name of the socket that CRIU's restore connects to, in its work folder (`criu/uffd.c`).
 const SOCKET: &str = "lazy-pages.socket";
 /// What the pager has to say, in the restore's work folder.
@@ -244,6 +248,18 @@ impl Pager {
         Ok((pager, launch))
     }
 
+    /// Why the restore cannot succeed any more, since the pager's process has ended like this; none when it
+    /// did its work, or when it is CRIU that failed.
+    pub fn trouble(&self, exit: PagerExit) -> Option<String> {
+        if [0, i32::from(ABANDONED)]
+            .map(PagerExit::Code)
+            .contains(&exit)
+        {
+            return None;
+        }
+        Some(self.reason(exit, None))
+    }
+
     /// To be called when the pager's process has ended, which it does by itself once all pages are in.
     pub fn ended(mut self, exit: PagerExit) -> Ended {
         let relayed = self.stop();
@@ -254,18 +270,23 @@ impl Pager {
                 Ended::Loaded
             }
             (exit, relayed) => {
-                let because = match (self.said(), relayed) {
-                    (Some(said), _) => format!(": {said}"),
-                    (None, Err(e)) => format!(": {e}"),
-                    (None, Ok(())) if !finished => ": CRIU had not finished its restore".to_owned(),
-                    (None, Ok(())) => String::new(),
+                let otherwise = match relayed {
+                    Err(e) => Some(e.to_string()),
+                    Ok(()) if !finished => Some("CRIU had not finished its restore".to_owned()),
+                    Ok(()) => None,
                 };
                 Ended::Died(Orphans {
                     shared: self.shared.clone(),
-                    reason: format!("the pager {exit} before all memory was in{because}"),
+                    reason: self.reason(exit, otherwise),
                 })
             }
         }
+    }
+
+    fn reason(&self, exit: PagerExit, otherwise: Option<String>) -> String {
+        let because = self.said().or(otherwise);
+        let because = because.map_or_else(String::new, |because| format!(": {because}"));
+        format!("the pager {exit} before all memory was in{because}")
     }
 
     /// What the pager said before it ended.

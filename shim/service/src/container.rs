@@ -200,7 +200,7 @@ impl Container {
             .begin(&self.fixed.id, self.view().pid, &self.events);
         let this = Arc::clone(self);
         tokio::spawn(async move {
-            let exit = exit.wait().await;
+            let exit = exit.await;
             let _gate = this.start_gate.lock().await;
             if this.fixed.shares_pids
                 && let Err(error) = this

@@ -219,7 +219,7 @@ impl Data {
         let lines = pipe::Receiver::from_owned_fd(lines).map_err(start)?;
         tokio::spawn(async move {
             follow(lines, &sender).await;
-            let exit = child.exit.wait().await;
+            let exit = child.exit.await;
             sender.send_if_modified(|progress| {
                 let silent = !matches!(progress, Progress::Ready(_) | Progress::Failed(_));
                 if silent {

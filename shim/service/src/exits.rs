@@ -8,8 +8,10 @@
 use std::{
     collections::HashMap,
     io,
+    pin::Pin,
     process::Command,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
     time::SystemTime,
 };
 
@@ -47,12 +49,17 @@ struct Table {
 #[derive(Debug)]
 pub(crate) struct ExitOf(oneshot::Receiver<Exit>);
 
-impl ExitOf {
-    /// Waits for the end. The table answers every claim, so the other case is a shim that goes away.
-    pub(crate) async fn wait(self) -> Exit {
-        self.0.await.unwrap_or(Exit {
-            status: 255,
-            at: SystemTime::now(),
+impl Future for ExitOf {
+    type Output = Exit;
+
+    /// The table answers every claim, so the other case is a shim that goes away.
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Exit> {
+        let exit = Pin::new(&mut self.0).poll(context);
+        exit.map(|exit| {
+            exit.unwrap_or(Exit {
+                status: 255,
+                at: SystemTime::now(),
+            })
         })
     }
 }
@@ -193,7 +200,7 @@ mod tests {
         let child = exits
             .spawn(Command::new("sh").args(["-c", "exit 7"]))
             .unwrap();
-        assert_eq!(child.exit.wait().await.status, 7);
+        assert_eq!(child.exit.await.status, 7);
 
         // As a container's init: nobody claims it until it is dead.
         let window = exits.window();
@@ -203,11 +210,11 @@ mod tests {
         let unclaimed = exits.table().claims.remove(&orphan.pid);
         assert!(unclaimed.is_some());
         let marker = exits.spawn(&mut Command::new("true")).unwrap();
-        marker.exit.wait().await;
+        marker.exit.await;
         while !exits.table().windows[&window.id].contains_key(&orphan.pid) {
             tokio::task::yield_now().await;
         }
-        assert_eq!(window.claim(orphan.pid).wait().await.status, 137);
+        assert_eq!(window.claim(orphan.pid).await.status, 137);
         assert!(exits.table().windows.is_empty());
         reaper.abort();
     }

@@ -33,7 +33,7 @@ pub(crate) async fn capture(
     });
     let pid = child.pid;
     let answer = async {
-        let exit = child.exit.wait().await;
+        let exit = child.exit.await;
         // A child of the program may still hold its stdout: no longer than the deadline is that waited for.
         let text = output.await.map_err(io::Error::other)??;
         Ok((exit.status, text))

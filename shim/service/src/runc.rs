@@ -53,6 +53,13 @@ pub(crate) enum RuncError {
         id: String,
         after: Duration,
     },
+    #[error("{binary} {action} of container {id} was stopped: {reason}")]
+    Stopped {
+        binary: String,
+        action: &'static str,
+        id: String,
+        reason: String,
+    },
     #[error("{binary} {action} of container {id}: its answer is not understood: {reason}")]
     Answer {
         binary: String,
@@ -155,11 +162,37 @@ impl Runc {
 
     /// Waits for a started runc; past `deadline` it is killed.
     pub(crate) async fn wait(&self, running: Running, deadline: Duration) -> Result<(), RuncError> {
+        self.wait_unless(running, deadline, std::future::pending())
+            .await
+    }
+
+    /// Waits for a started runc; past `deadline`, or once there is `trouble`, it is killed.
+    pub(crate) async fn wait_unless(
+        &self,
+        running: Running,
+        deadline: Duration,
+        trouble: impl Future<Output = String>,
+    ) -> Result<(), RuncError> {
         let Running { child, action, log } = running;
-        let pid = child.pid;
-        let ended = child.exit.wait();
-        tokio::pin!(ended);
-        let result = match tokio::time::timeout(deadline, &mut ended).await {
+        let Child { pid, mut exit } = child;
+        let ended = tokio::select! {
+            // What goes wrong beside it makes it fail too: that is the reason then.
+            biased;
+            reason = trouble => Err(RuncError::Stopped {
+                binary: self.binary.clone(),
+                action,
+                id: self.id.clone(),
+                reason,
+            }),
+            exit = &mut exit => Ok(exit),
+            () = tokio::time::sleep(deadline) => Err(RuncError::Timeout {
+                binary: self.binary.clone(),
+                action,
+                id: self.id.clone(),
+                after: deadline,
+            }),
+        };
+        let result = match ended {
             Ok(Exit { status: 0, .. }) => Ok(()),
             Ok(exit) => Err(self.failed(
                 action,
@@ -167,20 +200,15 @@ impl Runc {
                     format!("it ended with status {} and left no message", exit.status)
                 }),
             )),
-            Err(_) => {
+            Err(error) => {
                 // Its children first, which are CRIU and what CRIU is making: runc then cleans up by
                 // itself. CRIU does not die with runc.
                 sys::kill_children(pid);
-                if tokio::time::timeout(GRACE, &mut ended).await.is_err() {
+                if tokio::time::timeout(GRACE, &mut exit).await.is_err() {
                     let _ = sys::kill(pid, libc::SIGKILL);
-                    ended.await;
+                    exit.await;
                 }
-                Err(RuncError::Timeout {
-                    binary: self.binary.clone(),
-                    action,
-                    id: self.id.clone(),
-                    after: deadline,
-                })
+                Err(error)
             }
         };
         let _ = fs::remove_file(&log);

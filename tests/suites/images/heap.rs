@@ -11,7 +11,7 @@ use std::time::Duration;
 /// A pager that was not seen in this time has done its work.
 const SEEN: Duration = Duration::from_secs(3);
 const ATTEMPTS: usize = 10;
-/// Of 256 MiB: far more than a restore asks for before it is over.
+/// Of 256 MiB, which the pager reads: far more than a restore asks for before it is over, and far from all.
 const BEGUN: u64 = 16 << 20;
 
 /// 64 strings of 4 MiB, each of its own pattern, compared with what they should be; a line as the counter's for each round.
@@ -70,11 +70,51 @@ pub(crate) async fn memory_is_what_it_was(stage: &Stage) -> Result<()> {
     stage.node.is_rid_of("heap-2").await
 }
 
-/// Waits for a pager that has brought in so much that CRIU's restore must be over, and is far from done.
-async fn pager(stage: &Stage) -> Result<Pid> {
+/// Three shells with one memory of 8 MiB, shared from a fork, and in every round two that are forked anew. All compare.
+/// A round is told when every one of them has done it.
+const FORKS: &str = r#"
+read nonce < /proc/sys/kernel/random/uuid
+v=$(awk 'BEGIN { s = "0123456789abcdef"; while (length(s) < 8388608) s = s s length(s); print s }')
+w=$v
+sound() { [ "$v" = "$w" ] || echo corrupt; }
+side() { i=0; while sound; do i=$((i + 1)); echo $i > /tmp/$1.new; mv /tmp/$1.new /tmp/$1; done; }
+# Waits until a side has gone on.
+goes_on() { while read now < /tmp/$1 && [ "$now" = "$2" ]; do sleep 0.01; done; }
+mkdir -p /tmp; echo 0 > /tmp/a; echo 0 > /tmp/b
+side a & side b &
+n=0
+while :; do
+  read a < /tmp/a; read b < /tmp/b
+  sound
+  sound & one=$!
+  sound & wait $one; wait $!
+  goes_on a $a; goes_on b $b
+  n=$((n + 1)); echo "$nonce $n"
+done"#;
+
+pub(crate) async fn forked_processes_keep_theirs(stage: &Stage) -> Result<()> {
+    let task = stage.container("forks").shell(FORKS).run().await?;
+    counts_to(task.io().out()?, 2).await?;
+    stage.checkpoint("forks", "forks", &["--exit"]).await?;
+    let last = Count::last(&task.io().out()?.text().await?).context("the shells said nothing")?;
+    sound(&task)?;
+    task.remove().await?;
+    let warm = stage
+        .container("forks-2")
+        .shell(FORKS)
+        .annotation(RESTORE_FROM, "forks")
+        .run()
+        .await?;
+    is_sound(&warm, &last).await?;
+    warm.remove().await?;
+    stage.node.is_rid_of("forks-2").await
+}
+
+/// Waits for a pager that has read this many bytes.
+async fn pager(stage: &Stage, bytes: u64) -> Result<Pid> {
     loop {
         for (pid, line) in stage.node.processes()? {
-            if line.contains("rekindle pager --images") && has_read(pid) >= BEGUN {
+            if line.contains("rekindle pager --images") && has_read(pid) >= bytes {
                 return Ok(Pid::from_raw(pid.try_into()?));
             }
         }
@@ -97,7 +137,10 @@ async fn loading<'s>(stage: &'s Stage, id: &str, image: &str) -> Result<(Contain
             .create()
             .await?;
         let found = async {
-            let pager = tokio::time::timeout(SEEN, pager(stage)).await.ok()?.ok()?;
+            let pager = tokio::time::timeout(SEEN, pager(stage, BEGUN))
+                .await
+                .ok()?
+                .ok()?;
             kill(pager, Signal::SIGSTOP).is_ok().then_some(pager)
         };
         let (started, pager) = tokio::join!(warm.start(), found);
@@ -123,6 +166,37 @@ pub(crate) async fn a_killed_pager_ends_the_container(stage: &Stage) -> Result<(
     warm.reaches(State::Stopped).await?;
     warm.remove().await?;
     stage.node.is_rid_of("orphaned-2").await
+}
+
+/// CRIU would wait for its pages for ever.
+pub(crate) async fn a_pager_that_dies_during_the_restore_fails_the_start(
+    stage: &Stage,
+) -> Result<()> {
+    image(stage, "unborn").await?;
+    let warm = heap(stage, "unborn-2")
+        .annotation(RESTORE_FROM, "unborn")
+        .create()
+        .await?;
+    // As soon as it is there, which is long before CRIU has built the process.
+    let killed = async {
+        let pager = tokio::time::timeout(SEEN, pager(stage, 0)).await??;
+        Ok::<_, anyhow::Error>(kill(pager, Signal::SIGKILL)?)
+    };
+    let (started, killed) =
+        tokio::time::timeout(SEEN * 2, async { tokio::join!(warm.start(), killed) })
+            .await
+            .context("the start goes on without its pager")?;
+    killed?;
+    let refusal = started.err().context("it was started without its memory")?;
+    assert!(
+        refusal
+            .message()
+            .contains("the pager was ended by signal 9"),
+        "{refusal}"
+    );
+    warm.delete().await?;
+    stage.node.is_rid_of("unborn-2").await?;
+    warm.remove().await
 }
 
 pub(crate) async fn a_checkpoint_while_still_loading_drains_first(stage: &Stage) -> Result<()> {

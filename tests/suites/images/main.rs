@@ -58,6 +58,7 @@ images! {
         }
         heap {
             memory_is_what_it_was
+            forked_processes_keep_theirs
         }
     }
     once {
@@ -116,6 +117,7 @@ images! {
         heap {
             a_checkpoint_while_still_loading_drains_first
             a_killed_pager_ends_the_container
+            a_pager_that_dies_during_the_restore_fails_the_start
             a_container_that_ends_while_loading_leaves_nothing
         }
     }

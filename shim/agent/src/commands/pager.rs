@@ -23,6 +23,9 @@ pub(crate) fn run(args: &PagerArgs) -> anyhow::Result<ExitCode> {
     let stdin = io::stdin();
     let relay = stdin.as_fd().try_clone_to_owned();
     let relay = UnixStream::from(relay.context("duplicating the connection to the shim")?);
-    pager::serve(relay, &args.images)?;
-    Ok(ExitCode::SUCCESS)
+    match pager::serve(relay, &args.images) {
+        Ok(_) => Ok(ExitCode::SUCCESS),
+        Err(pager::ServeError::Abandoned) => Ok(ExitCode::from(pager::ABANDONED)),
+        Err(e) => Err(e.into()),
+    }
 }

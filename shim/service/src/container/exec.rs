@@ -274,7 +274,7 @@ impl Container {
         if let Err(error) = connected.await {
             // It runs already, and nobody would know of it.
             let _ = sys::kill(pid, libc::SIGKILL);
-            exit.wait().await;
+            exit.await;
             return Err(error);
         }
         *lock(&exec.io) = Some(io);
@@ -291,7 +291,7 @@ impl Container {
         event.pid = pid.cast_unsigned();
         self.events.send(event);
         let (this, exec) = (Arc::clone(self), Arc::clone(exec));
-        tokio::spawn(async move { this.exec_ended(&exec, pid, exit.wait().await) });
+        tokio::spawn(async move { this.exec_ended(&exec, pid, exit.await) });
         Ok(pid)
     }
 

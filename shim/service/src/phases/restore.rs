@@ -264,7 +264,7 @@ pub(crate) async fn run(
         &fixed.options,
         socket.as_ref().map(ConsoleSocket::path),
     );
-    let loading = match images {
+    let mut loading = match images {
         Images::Ours {
             image,
             lazily: true,
@@ -282,7 +282,13 @@ pub(crate) async fn run(
     let ran = step(id, "runc restore", async {
         let restore = fixed.runc.spawn("restore", command, log)?;
         running(Some(restore.pid()));
-        let restored = fixed.runc.wait(restore, left).await;
+        let trouble = async {
+            match &mut loading {
+                Some(loading) => loading.trouble().await,
+                None => std::future::pending().await,
+            }
+        };
+        let restored = fixed.runc.wait_unless(restore, left, trouble).await;
         running(None);
         restored?;
         let pid = read_pid(&pid_file)?;

@@ -16,7 +16,7 @@ use crate::{
     context::Fixed,
     data,
     error::{Error, sentence},
-    exits::{Child, Exit},
+    exits::{Exit, ExitOf},
     sys,
 };
 
@@ -28,7 +28,10 @@ pub(crate) const PAGER_PID: &str = "pager.pid";
 #[derive(Debug)]
 pub(crate) struct Loading {
     pager: Pager,
-    process: Child,
+    pid: i32,
+    exit: ExitOf,
+    /// Of the process, once it is known.
+    ended: Option<Exit>,
 }
 
 /// Starts the pager of a restore that is about to begin.
@@ -56,7 +59,12 @@ pub(super) fn start(
             if let Err(error) = std::fs::write(&file, process.pid.to_string()) {
                 tracing::warn!(%error, "a killed shim's delete will not find the pager");
             }
-            Ok(Loading { pager, process })
+            Ok(Loading {
+                pager,
+                pid: process.pid,
+                exit: process.exit,
+                ended: None,
+            })
         }
         Err(error) => {
             let _ = pager.abandon(|| Ok::<(), ()>(()));
@@ -70,25 +78,16 @@ impl Loading {
     /// Waits until all memory is in, or `ended` says that the container has ended. Any other end of the
     /// pager is the container's: `kill` has to end it, and only then is its memory let go, for what is
     /// missing of it would read as zeros.
-    pub(crate) async fn supervise<K, E>(self, id: &str, kill: K, ended: impl Fn() -> E)
+    pub(crate) async fn supervise<K, E>(mut self, id: &str, kill: K, ended: impl Fn() -> E)
     where
         K: Future<Output = ()>,
         E: Future<Output = ()>,
     {
-        let Self { pager, process } = self;
-        let pid = process.pid;
-        let exit = process.exit.wait();
-        tokio::pin!(exit);
         let exit = tokio::select! {
-            exit = &mut exit => exit,
-            () = ended() => {
-                let _ = sys::kill(pid, libc::SIGKILL);
-                exit.await;
-                let _ = pager.abandon(|| Ok::<(), ()>(()));
-                return;
-            }
+            exit = self.process_ended() => exit,
+            () = ended() => return self.abandon().await,
         };
-        match pager.ended(pager_exit(exit)) {
+        match self.pager.ended(pager_exit(exit)) {
             Ended::Loaded => tracing::info!(id, "all memory is in"),
             Ended::Died(orphans) => {
                 tracing::error!(id, reason = orphans.reason(), "the container is ended");
@@ -98,15 +97,30 @@ impl Loading {
             }
         }
     }
-}
 
-impl Loading {
-    /// Gives up on a restore whose tasks are gone.
-    pub(super) async fn abandon(self) {
-        let Self { pager, process } = self;
-        let _ = sys::kill(process.pid, libc::SIGKILL);
-        process.exit.wait().await;
-        let _ = pager.abandon(|| Ok::<(), ()>(()));
+    /// Waits until the restore cannot succeed any more, because of the pager; the reason.
+    pub(super) async fn trouble(&mut self) -> String {
+        let exit = self.process_ended().await;
+        match self.pager.trouble(pager_exit(exit)) {
+            Some(reason) => reason,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Gives up on a container whose tasks are gone.
+    pub(super) async fn abandon(mut self) {
+        if self.ended.is_none() {
+            let _ = sys::kill(self.pid, libc::SIGKILL);
+        }
+        self.process_ended().await;
+        let _ = self.pager.abandon(|| Ok::<(), ()>(()));
+    }
+
+    async fn process_ended(&mut self) -> Exit {
+        match self.ended {
+            Some(exit) => exit,
+            None => *self.ended.insert((&mut self.exit).await),
+        }
     }
 }
 
