@@ -74,7 +74,7 @@ impl Stage {
 
 #[tokio::test]
 async fn a_model_server_continues_from_its_image_lazily() -> Result<()> {
-    Stage::new("auto").await?.continues().await
+    Stage::new("lazy").await?.continues().await
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ pub enum Verification {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Paging {
-    /// Lazily when kernel and CRIU can and the image has one process, else eagerly.
+    /// Lazily when kernel and CRIU can, else eagerly.
     #[default]
     Auto,
     /// Lazily, or the restore fails.

@@ -98,11 +98,15 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, V
 }
 
 async fn lazily(fixed: &Fixed) -> Result<bool, Error> {
-    match fixed.shared.node.restore.paging {
-        // Lazily only where it is asked for: see the known limits in docs/DESIGN.md.
-        Paging::Eager | Paging::Auto => Ok(false),
-        Paging::Lazy if fixed.shared.host.can_page_lazily(&fixed.runc.exits).await => Ok(true),
-        Paging::Lazy => {
+    let paging = fixed.shared.node.restore.paging;
+    if paging == Paging::Eager {
+        return Ok(false);
+    }
+    match (
+        fixed.shared.host.can_page_lazily(&fixed.runc.exits).await,
+        paging,
+    ) {
+        (false, Paging::Lazy) => {
             let reason = "restore.paging is \"lazy\" and this kernel or CRIU cannot (`criu check --feature uffd-noncoop`)";
             Err(PhaseError::CannotRestore {
                 id: fixed.id.clone(),
@@ -110,6 +114,7 @@ async fn lazily(fixed: &Fixed) -> Result<bool, Error> {
             }
             .into())
         }
+        (can, _) => Ok(can),
     }
 }
 
