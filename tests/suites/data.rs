@@ -3,7 +3,6 @@
 //! The node's deadlines are short, and one of its stores takes connections and never answers.
 
 use anyhow::{Context, Result, anyhow, ensure};
-use nix::sys::signal::{Signal, kill};
 use rekindle_harness::container::{Builder, Container};
 use rekindle_harness::{Image, Node, NodeConfig, Runtime, images};
 use std::net::TcpListener;
@@ -194,10 +193,23 @@ async fn a_wait_for_an_image_leaves_time_to_start() -> Result<()> {
     let warm = container("slow-image-2").annotation("rekindle.dev/restore-from", "slow-image");
     let warm = warm.annotation("rekindle.dev/restore-policy", "Opportunistic");
     // Part of finding out whether the image fits; it has ten seconds, which is more than there are.
-    let held = stage.node.catch(&["criu", "check"], Signal::SIGSTOP);
-    let (warm, held) = tokio::join!(warm.run(), held);
-    kill(held?, Signal::SIGKILL)?;
+    let hanging = r#"
+cp "$(command -v criu)" /run/criu
+printf '%s\n' '#!/bin/sh' '[ "$1" != check ] || exec sleep 1000' 'exec /run/criu "$@"' > /run/hanging
+chmod +x /run/hanging
+mount --bind /run/hanging "$(command -v criu)""#;
+    stage.node.run(["sh", "-c", hanging]).await?;
+    let warm = warm.run().await;
+    let left = stage.node.processes()?;
+    stage
+        .node
+        .run(["sh", "-c", r#"umount "$(command -v criu)""#])
+        .await?;
     let warm = warm?;
+    ensure!(
+        !left.iter().any(|(_, line)| line.contains("sleep 1000")),
+        "what was given up is left: {left:?}"
+    );
     counts(&warm).await?;
     ensure!(
         warm.io().out()?.so_far().contains(" 1\n"),

@@ -25,6 +25,8 @@ use tokio::{
     sync::oneshot,
 };
 
+use crate::sys;
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exit {
@@ -100,6 +102,14 @@ impl Exits {
         })
     }
 
+    /// Kills a process that was started here, unless it has been reaped: its number may be another's then.
+    pub(crate) fn kill(&self, pid: i32) {
+        let table = self.table();
+        if table.claims.contains_key(&pid) {
+            let _ = sys::kill(pid, libc::SIGKILL);
+        }
+    }
+
     /// Opens a window for a process whose pid is not known yet.
     pub(crate) fn window(&self) -> Window {
         let mut table = self.table();
@@ -125,6 +135,8 @@ impl Exits {
 
     fn sweep(&self) {
         loop {
+            // Locked over both: a claim that is there is of a process that has its number still.
+            let mut table = self.table();
             let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), code as u32),
                 Ok(WaitStatus::Signaled(pid, signal, _)) => (pid.as_raw(), 128 + signal as u32),
@@ -135,7 +147,6 @@ impl Exits {
                 status,
                 at: SystemTime::now(),
             };
-            let mut table = self.table();
             match table.claims.remove(&pid) {
                 Some(claim) => {
                     let _ = claim.send(exit);

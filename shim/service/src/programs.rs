@@ -11,7 +11,17 @@ use crate::exits::Exits;
 /// Most that is read of an answer.
 const MAX_ANSWER: u64 = 1 << 20;
 
-/// Runs a command and returns its exit status and what it wrote to stdout.
+/// Kills a program whose answer is not waited for any more.
+struct Asked<'a>(&'a Exits, i32);
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        self.0.kill(self.1);
+    }
+}
+
+/// Runs a command and returns its exit status and what it wrote to stdout. It is killed at the deadline, and
+/// when this is dropped before.
 pub(crate) async fn capture(
     exits: &Exits,
     mut command: Command,
@@ -31,7 +41,7 @@ pub(crate) async fn capture(
             .read_to_end(&mut bytes)
             .map(|_| String::from_utf8_lossy(&bytes).into_owned())
     });
-    let pid = child.pid;
+    let _asked = Asked(exits, child.pid);
     let answer = async {
         let exit = child.exit.await;
         // A child of the program may still hold its stdout: no longer than the deadline is that waited for.
@@ -41,7 +51,6 @@ pub(crate) async fn capture(
     tokio::time::timeout(deadline, answer)
         .await
         .unwrap_or_else(|_| {
-            let _ = crate::sys::kill(pid, libc::SIGKILL);
             let words = format!("no answer within {} s", deadline.as_secs());
             Err(io::Error::new(io::ErrorKind::TimedOut, words))
         })

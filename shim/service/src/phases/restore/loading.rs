@@ -16,8 +16,7 @@ use crate::{
     context::Fixed,
     data,
     error::{Error, sentence},
-    exits::{Exit, ExitOf},
-    sys,
+    exits::{Exit, ExitOf, Exits},
 };
 
 /// The pid of a lazily restored container's pager, for a `delete` after the shim was killed. The pager
@@ -28,6 +27,7 @@ pub(crate) const PAGER_PID: &str = "pager.pid";
 #[derive(Debug)]
 pub(crate) struct Loading {
     pager: Pager,
+    exits: Exits,
     pid: i32,
     exit: ExitOf,
     /// Of the process, once it is known.
@@ -61,6 +61,7 @@ pub(super) fn start(
             }
             Ok(Loading {
                 pager,
+                exits: fixed.runc.exits.clone(),
                 pid: process.pid,
                 exit: process.exit,
                 ended: None,
@@ -109,9 +110,7 @@ impl Loading {
 
     /// Gives up on a container whose tasks are gone.
     pub(super) async fn abandon(mut self) {
-        if self.ended.is_none() {
-            let _ = sys::kill(self.pid, libc::SIGKILL);
-        }
+        self.exits.kill(self.pid);
         self.process_ended().await;
         let _ = self.pager.abandon(|| Ok::<(), ()>(()));
     }
