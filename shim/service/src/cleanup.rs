@@ -7,6 +7,7 @@ use containerd_shim_protos::{api::DeleteResponse, protobuf::Message};
 
 use crate::{
     bundle::{Remembered, Spec},
+    cgroups,
     error::Error,
     exits::Exits,
     exits::timestamp,
@@ -50,6 +51,8 @@ pub(crate) fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
             }
             reaper.abort();
         });
+    } else if let Some(cgroup) = &cgroup {
+        cgroups::remove_empty(cgroup);
     }
     // Only now: tasks whose pager is gone would read zeros.
     end_pager(&bundle);

@@ -67,6 +67,9 @@ pub(crate) struct Container {
     exec_gate: Arc<RwLock<()>>,
     /// Held while a start is under way, so that its event comes before the exit's.
     start_gate: tokio::sync::Mutex<()>,
+    /// Kills hold its read side, so that they are answered before anyone hears of the end: containerd deletes
+    /// the task then, and closes the connection on which its own kill may still wait.
+    kill_gate: RwLock<()>,
     pub(crate) usage: Usage,
     events: Events,
     jobs: mpsc::Sender<Job>,
@@ -121,6 +124,7 @@ impl Container {
             running_execs: watch::Sender::new(0),
             exec_gate: Arc::default(),
             start_gate: tokio::sync::Mutex::new(()),
+            kill_gate: RwLock::default(),
             usage: Usage::default(),
             jobs,
         });
@@ -213,6 +217,7 @@ impl Container {
             }
             let mut running = this.running_execs.subscribe();
             let _ = running.wait_for(|count| *count == 0).await;
+            let _answered = this.kill_gate.write().await;
             this.ended(exit).await;
         });
     }
@@ -316,6 +321,7 @@ impl Container {
 
     /// Signals the init. Does not queue: it must reach a container whose driver is busy.
     pub(crate) async fn kill(&self, signal: u32, all: bool) -> Result<(), Error> {
+        let _unanswered = self.kill_gate.read().await;
         let state = self.admit(Request::Kill)?;
         if matches!(state, State::Stopped(_)) {
             return Err(Error::Finished(self.fixed.id.clone()));

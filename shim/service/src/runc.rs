@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde::Deserialize;
@@ -201,12 +201,19 @@ impl Runc {
                 }),
             )),
             Err(error) => {
-                // Its children first, which are CRIU and what CRIU is making: runc then cleans up by
-                // itself. CRIU does not die with runc.
-                sys::kill_children(pid);
-                if tokio::time::timeout(GRACE, &mut exit).await.is_err() {
-                    let _ = sys::kill(pid, libc::SIGKILL);
-                    exit.await;
+                // Its children first, which are CRIU and what CRIU is making, and again and again, for it may
+                // only be about to start them: runc then cleans up by itself. CRIU does not die with runc.
+                let grace = Instant::now() + GRACE;
+                loop {
+                    sys::kill_children(pid);
+                    if tokio::time::timeout(AGAIN, &mut exit).await.is_ok() {
+                        break;
+                    }
+                    if Instant::now() >= grace {
+                        let _ = sys::kill(pid, libc::SIGKILL);
+                        (&mut exit).await;
+                        break;
+                    }
                 }
                 Err(error)
             }
@@ -277,13 +284,14 @@ impl Runc {
     /// root that a restore makes in runc's folder, through which a forced delete would otherwise empty
     /// the container's layer, and the cgroup.
     pub(crate) async fn remove(&self, cgroup: Option<&str>) -> Result<(), RuncError> {
-        if !self.has_state() {
-            return Ok(());
-        }
-        rootfs::unmount_all(&self.state_folder());
-        let deleted = self.delete(true).await;
+        let deleted = if self.has_state() {
+            rootfs::unmount_all(&self.state_folder());
+            self.delete(true).await
+        } else {
+            Ok(())
+        };
         if let Some(cgroup) = cgroup {
-            cgroups::remove(cgroup);
+            cgroups::remove(cgroup).await;
         }
         deleted.or_else(|error| if error.is_gone() { Ok(()) } else { Err(error) })
     }
@@ -346,6 +354,8 @@ pub(crate) fn read_pid(path: &Path) -> Result<i32, Error> {
 
 /// What a runc whose children were killed may take to clean up after them.
 const GRACE: Duration = Duration::from_secs(5);
+/// How often they are killed meanwhile.
+const AGAIN: Duration = Duration::from_millis(10);
 /// For calls that only talk to the kernel. The kubelet gives the fastest of its calls two minutes.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 

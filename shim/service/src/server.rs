@@ -22,6 +22,11 @@ const LAST_EVENTS: Duration = Duration::from_secs(30);
 pub(crate) fn run(flags: &Flags) -> Result<(), Error> {
     logging::start(flags.debug);
     nix::sys::prctl::set_child_subreaper(true).map_err(Error::io("becoming the subreaper"))?;
+    // CRIU leaves its own groups to a process that had none (`prepare_mm`, `restore_creds`), and has them from
+    // here. Nobody who may not change groups runs containers as root.
+    if let Err(error) = nix::unistd::setgroups(&[]) {
+        tracing::debug!(%error, "keeping the further groups that containerd runs with");
+    }
     // One thread: what a shim does is wait. Checksums and mounts go to threads that end.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -112,12 +112,18 @@ impl Stage {
     ) -> Result<Value> {
         let args = [&["checkpoint", container, "--name", name, "--json"], more].concat();
         let output = self.rekindle(&args).await?;
-        ensure!(
-            output.status.success(),
-            "rekindle {args:?} ended with {}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        if !output.status.success() {
+            let log = format!(
+                "tail -n 25 /run/containerd/io.containerd.runtime.v2.task/default/{container}/criu-dump.log"
+            );
+            let log = self.node.run(["sh", "-c", &log]).await;
+            bail!(
+                "rekindle {args:?} ended with {}: {}\nCRIU's log ends with\n{}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim(),
+                log.unwrap_or_else(|e| e.to_string())
+            );
+        }
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
