@@ -91,6 +91,15 @@ pub(crate) fn kill_children(pid: i32) {
     }
 }
 
+/// Whether two processes have one memory, as between `vfork` and `exec`.
+pub(crate) fn share_memory(one: i32, other: i32) -> bool {
+    /// `KCMP_VM` of `include/uapi/linux/kcmp.h`.
+    const VM: i32 = 1;
+    // SAFETY: compares two processes by number, and touches no memory of this one. Without the call in the
+    // kernel CRIU does not work either.
+    unsafe { libc::syscall(libc::SYS_kcmp, one, other, VM, 0, 0) == 0 }
+}
+
 /// A duplicate numbered above everything that a child gets by number, so that placing one descriptor
 /// cannot overwrite another that is yet to be placed.
 pub(crate) fn out_of_the_way(fd: &OwnedFd, above: RawFd) -> io::Result<OwnedFd> {

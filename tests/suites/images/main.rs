@@ -64,6 +64,7 @@ images! {
     once {
         tasks {
             every_process_is_who_it_was
+            programs_that_start_others_all_the_time
         }
         pods {
             an_exported_image_serves_another_namespace

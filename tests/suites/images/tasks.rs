@@ -71,6 +71,21 @@ pub(crate) async fn files_deleted_but_open_are_there(stage: &Stage) -> Result<()
     task.remove().await
 }
 
+/// A regression: CRIU waits ten seconds for a parent in `vfork`, and fails.
+pub(crate) async fn programs_that_start_others_all_the_time(stage: &Stage) -> Result<()> {
+    let line = "for i in 1 2 3 4; do (while :; do sleep 0; done) & done; exec /counter";
+    let task = stage.container("busy").shell(line).run().await?;
+    let before = counts_to(task.io().out()?, 3).await?;
+    for _ in 0..8 {
+        stage.checkpoint("busy", "busy", &[]).await?;
+    }
+    let at = counts_to(task.io().out()?, before.n).await?;
+    let warm = stage.warm("busy-2", "busy").run().await?;
+    continues(&warm, &before, at.n).await?;
+    warm.remove().await?;
+    task.remove().await
+}
+
 pub(crate) async fn a_paused_container_stays_paused(stage: &Stage) -> Result<()> {
     let (task, before) = stage.lived_in("paused").await?;
     task.pause().await?;

@@ -36,6 +36,7 @@ fn images(dir: &Path, deleted: &str, link: &str, kind: u64) {
 
 fn me() -> Tasks {
     Tasks::from_iter([Task {
+        parent: 0,
         pid: std::process::id().cast_signed(),
         container_pid: 1,
         comm: String::new(),

@@ -9,6 +9,8 @@ use super::PagesError;
 pub struct Task {
     /// Its number in the PID namespace of this process.
     pub pid: i32,
+    /// Its parent's number there.
+    pub parent: i32,
     /// Its number in the container.
     pub container_pid: i32,
     /// Its name, at most 15 bytes.
@@ -84,6 +86,7 @@ fn parse_status(pid: i32, status: &str) -> (Task, usize) {
     let rss = field("VmRSS").split_ascii_whitespace().next();
     let task = Task {
         pid,
+        parent: field("PPid").parse().unwrap_or(0),
         container_pid: container_pid.unwrap_or(pid),
         comm: field("Name").to_owned(),
         rss: rss.and_then(|text| text.parse::<u64>().ok()).unwrap_or(0) << 10,
@@ -120,10 +123,12 @@ mod tests {
 
     #[test]
     fn a_status_is_read() {
-        let status =
-            "Name:\tpython3\nState:\tt (tracing stop)\nNSpid:\t4711\t58\t7\nVmRSS:\t  512 kB\n";
+        let status = "Name:\tpython3\nState:\tt (tracing stop)\nPPid:\t57\nNSpid:\t4711\t58\t7\nVmRSS:\t  512 kB\n";
         let (task, levels) = parse_status(58, status);
-        assert_eq!((task.pid, task.container_pid, levels), (58, 7, 3));
+        assert_eq!(
+            (task.pid, task.parent, task.container_pid, levels),
+            (58, 57, 7, 3)
+        );
         assert_eq!((task.comm.as_str(), task.rss), ("python3", 512 << 10));
     }
 

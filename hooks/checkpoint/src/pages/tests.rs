@@ -9,6 +9,7 @@ const PAGE: u64 = 4096;
 /// This process's own memory stands for a stopped task's.
 fn me(container_pid: i32) -> Tasks {
     let task = Task {
+        parent: 0,
         pid: std::process::id().cast_signed(),
         container_pid,
         comm: String::new(),

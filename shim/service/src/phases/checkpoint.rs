@@ -3,6 +3,7 @@
 //! Failure contract: sealed, or running as before. The dump always leaves the tasks running, or frozen
 //! when the call found them so; `exit` ends them only once the image is complete.
 
+mod hold;
 mod window;
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
@@ -48,13 +49,13 @@ pub(crate) async fn run(
     if destination.is_some() {
         refuse_image(fixed, &spec)?;
     }
-    // Frozen by runc before CRIU looks: on cgroup v1 a tree that forks can keep CRIU's own freezing from
-    // ever ending, which runc knows how to get round. With exit they stay frozen until their end: what
-    // they did after the dump would be in nobody's image.
+    // With exit they stay frozen until their end: what they did after the dump would be in nobody's image.
     let held = state == State::Running;
     let release = held && !request.exit;
     if held {
-        step(id, "hold", async { Ok(fixed.runc.pause().await?) }).await?;
+        step(id, "hold", hold::hold(fixed, pid)).await?;
+    } else {
+        hold::require_dumpable(fixed, pid)?;
     }
     let made = match destination {
         Some(partial) => sealed(fixed, pid, &spec, facts, partial, &work, release).await,
