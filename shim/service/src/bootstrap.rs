@@ -29,6 +29,7 @@ use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
 use crate::{
     bundle::{Annotations, RuncOptions},
     error::Error,
+    node,
 };
 
 /// Where the listening socket is in the server.
@@ -64,7 +65,9 @@ pub(crate) fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
     let options = RuncOptions::parse(handshake.options.as_ref())?;
     let listener = bind(&address)?;
     if let Some(listener) = &listener
-        && let Err(error) = launch(flags, &handshake, listener, &options)
+        // The server would find a wrong configuration too, and could tell nobody but the log.
+        && let Err(error) =
+            node::config().and_then(|_| launch(flags, &handshake, listener, &options))
     {
         // The next start of this pod must not take it for a healthy shim's.
         let _ = fs::remove_file(&address);

@@ -11,10 +11,9 @@ use crate::{
     error::Error,
     exits::Exits,
     exits::timestamp,
-    phases::restore::PAGER_PID,
+    phases::restore,
     rootfs,
     runc::{Runc, read_pid},
-    sys,
 };
 
 /// Cleans up, and returns what to print.
@@ -55,7 +54,7 @@ pub(crate) fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
         cgroups::remove_empty(cgroup);
     }
     // Only now: tasks whose pager is gone would read zeros.
-    end_pager(&bundle);
+    restore::end_orphaned_pager(&bundle);
     rootfs::unmount_all(&bundle.join("rootfs"));
     remove_dead_socket(&bundle);
 
@@ -77,21 +76,6 @@ pub(crate) fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
 )]
 fn report(error: &dyn std::error::Error) {
     eprintln!("containerd-shim-rekindle-v1 delete: {error}");
-}
-
-/// Ends the pager of a container that was still loading. Its pid may belong to another program by now,
-/// which does not name this bundle.
-fn end_pager(bundle: &Path) {
-    let Ok(pid) = read_pid(&bundle.join(PAGER_PID)) else {
-        return;
-    };
-    let Ok(arguments) = fs::read(format!("/proc/{pid}/cmdline")) else {
-        return;
-    };
-    let name = bundle.as_os_str().as_encoded_bytes();
-    if arguments.windows(name.len()).any(|part| part == name) {
-        let _ = sys::kill(pid, libc::SIGKILL);
-    }
 }
 
 /// A killed shim leaves its socket; another container of the pod may still be served there.

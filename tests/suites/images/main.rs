@@ -103,11 +103,15 @@ images! {
             of_a_shared_pid_namespace
             of_a_user_namespace
             of_gpu_devices
+            of_gpu_devices_that_a_hook_made
             of_the_nodes_ipc_namespace
             none_of_its_own_ipc_namespace_is_no_reason
         }
     }
     alone {
+        refused {
+            under_a_configuration_that_is_wrong
+        }
         interrupted {
             the_shim_is_killed_during_a_checkpoint
             the_command_is_killed_during_a_checkpoint

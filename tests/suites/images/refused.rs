@@ -282,6 +282,27 @@ pub(crate) fn spoil(stage: &Stage, image: &str) -> Result<String> {
     Ok(name)
 }
 
+pub(crate) async fn under_a_configuration_that_is_wrong(stage: &Stage) -> Result<()> {
+    let file = stage.node.path("/etc/rekindle/config.toml");
+    let before = std::fs::read_to_string(&file)?;
+    std::fs::write(&file, "[restore]\npaging = \"sometimes\"\n")?;
+    let (task, created) = stage
+        .container("wrong-config")
+        .args(&["/counter"])
+        .try_create()
+        .await?;
+    std::fs::write(&file, before)?;
+    let refusal = created.err().context("it was created")?;
+    for words in ["/etc/rekindle/config.toml", "sometimes"] {
+        ensure!(
+            refusal.message().contains(words),
+            "{words:?} is not in: {refusal}"
+        );
+    }
+    task.remove().await?;
+    stage.node.is_rid_of("wrong-config").await
+}
+
 pub(crate) async fn criu_refuses_and_nothing_stays(stage: &Stage) -> Result<()> {
     let name = unusable(stage, "required").await?;
     let task = stage.warm("required-2", &name).create().await?;

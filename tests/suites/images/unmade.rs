@@ -89,6 +89,18 @@ pub(crate) async fn of_gpu_devices(stage: &Stage) -> Result<()> {
     task.remove().await
 }
 
+/// As NVIDIA's runtime does it: in a hook, and the spec says nothing.
+pub(crate) async fn of_gpu_devices_that_a_hook_made(stage: &Stage) -> Result<()> {
+    let gpu = stage.container("unmade-hook");
+    let gpu = gpu.shell("mknod /dev/nvidiactl c 195 255; exec /counter");
+    let task = gpu.run().await?;
+    let before = counts_to(task.io().out()?, 2).await?;
+    let words = ["/dev/nvidiactl", "built without GPU support"];
+    is_refused(stage, "unmade-hook", "unmade-hook", &words).await?;
+    counts_to(task.io().out()?, before.n + 5).await?;
+    task.remove().await
+}
+
 /// Its /dev/shm is the node's.
 pub(crate) async fn of_the_nodes_ipc_namespace(stage: &Stage) -> Result<()> {
     let cri = stage.node.cri().await?;

@@ -18,7 +18,7 @@ use rekindle_checkpoint::{
 
 use super::{PhaseError, step};
 use crate::{
-    bundle::Spec,
+    bundle::{self, Spec},
     context::Fixed,
     criu::{self, CheckpointRequest, CriuError, Purpose},
     error::{Error, sentence},
@@ -35,7 +35,7 @@ pub(crate) async fn run(
     execs: &[(String, i32)],
     request: &CheckpointRequest,
 ) -> Result<(), Error> {
-    refuse(fixed, execs)?;
+    refuse(fixed, pid, execs)?;
     let id = fixed.id.as_str();
     let spec = Spec::read(&fixed.bundle)?;
     let facts = step(id, "facts", facts(fixed, &spec, request)).await?;
@@ -76,11 +76,15 @@ pub(crate) async fn run(
     Ok(())
 }
 
-fn refuse(fixed: &Fixed, execs: &[(String, i32)]) -> Result<(), Error> {
-    if !fixed.gpu_devices.is_empty() {
+fn refuse(fixed: &Fixed, init: i32, execs: &[(String, i32)]) -> Result<(), Error> {
+    let mut gpus = fixed.gpu_devices.clone();
+    if gpus.is_empty() {
+        gpus = bundle::gpus_of(init);
+    }
+    if !gpus.is_empty() {
         return Err(PhaseError::Gpu {
             id: fixed.id.clone(),
-            devices: fixed.gpu_devices.join(", "),
+            devices: gpus.join(", "),
         }
         .into());
     }

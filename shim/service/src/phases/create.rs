@@ -92,7 +92,7 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
     let fixed = Fixed {
         staged: Mutex::default(),
         cgroup: spec.text("/linux/cgroupsPath").map(str::to_owned),
-        gpu_devices: spec.nvidia_devices(),
+        gpu_devices: spec.gpu_devices(),
         shares_pids: !spec.has_namespace("pid") || spec.namespace_path("pid").is_some(),
         _datasets: mounts,
         rootfs: Rootfs::new(&bundle, request.rootfs.clone()),

@@ -18,7 +18,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use rekindle_checkpoint::{VerifiedImage, manifest::DumpFlags, plain};
 use rekindle_core::annotations::Policy;
 
-pub(crate) use loading::{Loading, PAGER_PID};
+pub(crate) use loading::{Loading, end_orphaned as end_orphaned_pager};
 
 use super::{
     PhaseError,

@@ -1,6 +1,7 @@
 //! A lazily restored container's memory, until all of it is in.
 
 use std::{
+    io,
     path::Path,
     process::{Command, Stdio},
     sync::Arc,
@@ -17,11 +18,12 @@ use crate::{
     data,
     error::{Error, sentence},
     exits::{Exit, ExitOf, Exits},
+    sys,
 };
 
-/// The pid of a lazily restored container's pager, for a `delete` after the shim was killed. The pager
-/// itself must not die with the shim: it holds the last userfaultfds then.
-pub(crate) const PAGER_PID: &str = "pager.pid";
+/// In the bundle: the pid of the pager, and when it was started, by which its number is told from the same
+/// number of a later process.
+const PAGER_PID: &str = "pager.pid";
 
 /// A lazily restored container's memory, while it is still coming in.
 #[derive(Debug)]
@@ -55,8 +57,7 @@ pub(super) fn start(
         .stderr(launch.stderr);
     match fixed.runc.exits.spawn(&mut command) {
         Ok(process) => {
-            let file = fixed.bundle.join(PAGER_PID);
-            if let Err(error) = std::fs::write(&file, process.pid.to_string()) {
+            if let Err(error) = remember(&fixed.bundle, process.pid) {
                 tracing::warn!(%error, "a killed shim's delete will not find the pager");
             }
             Ok(Loading {
@@ -120,6 +121,27 @@ impl Loading {
             Some(exit) => exit,
             None => *self.ended.insert((&mut self.exit).await),
         }
+    }
+}
+
+fn remember(bundle: &Path, pid: i32) -> io::Result<()> {
+    let begun = sys::start_time(pid)?;
+    std::fs::write(bundle.join(PAGER_PID), format!("{pid} {begun}"))
+}
+
+/// Ends the pager of a container whose shim was killed while its memory was still coming in, and whose tasks
+/// are gone. It does not die with the shim: it holds the last userfaultfds then.
+pub(crate) fn end_orphaned(bundle: &Path) {
+    let Ok(text) = std::fs::read_to_string(bundle.join(PAGER_PID)) else {
+        return;
+    };
+    let Some((pid, begun)) = text.split_once(' ') else {
+        return;
+    };
+    if let (Ok(pid), Ok(begun)) = (pid.parse(), begun.parse::<u64>())
+        && sys::start_time(pid).is_ok_and(|now| now == begun)
+    {
+        let _ = sys::kill(pid, libc::SIGKILL);
     }
 }
 
