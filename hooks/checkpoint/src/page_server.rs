@@ -48,6 +48,18 @@ pub struct PageServerLink {
     theirs: Option<UnixStream>,
 }
 
+/// The means to end a window whose [`PageServerLink`] somebody else has.
+#[derive(Debug)]
+pub struct Abort(UnixStream);
+
+impl Abort {
+    /// Ends it: CRIU fails and lets the tasks run.
+    pub fn end(self) {
+        // Fails when CRIU is gone, and so is the window.
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
+    }
+}
+
 impl PageServerLink {
     /// A new pair; both ends are close-on-exec until the child's is moved to [`CHILD_FD`] after the fork.
     ///
@@ -79,6 +91,15 @@ impl PageServerLink {
     /// The end for the child, for callers that hand it over by value.
     pub fn take_child_end(&mut self) -> Option<OwnedFd> {
         self.theirs.take().map(OwnedFd::from)
+    }
+
+    /// Ends the window from elsewhere, as a failure, while whoever has the link may be stuck.
+    ///
+    /// # Errors
+    /// When the kernel has no descriptors left.
+    pub fn abort(&self) -> Result<Abort, PageServerError> {
+        let ours = self.ours.try_clone().map_err(PageServerError::Pair)?;
+        Ok(Abort(ours))
     }
 
     /// Ends the window: CRIU finishes its dump and lets the tasks run. Not calling it (dropping) ends the
@@ -122,6 +143,15 @@ mod tests {
         let request = peer.join().unwrap();
         assert_eq!(request[..4], CLOSE.to_ne_bytes());
         assert!(request[4..].iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn a_window_is_ended_while_the_link_is_elsewhere() {
+        let mut link = PageServerLink::new().unwrap();
+        let mut criu = UnixStream::from(link.take_child_end().unwrap());
+        link.abort().unwrap().end();
+        assert_eq!(criu.read(&mut [0]).unwrap(), 0);
+        assert!(link.close(Duration::from_secs(5)).is_err());
     }
 
     #[test]

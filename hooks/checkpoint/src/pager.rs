@@ -152,6 +152,13 @@ impl Shared {
         Ok(!self.cancelled.load(Ordering::Acquire))
     }
 
+    /// Ends the connections for both sides.
+    fn hang_up(&self) {
+        for stream in lock(&self.connections).drain(..) {
+            let _ = rustix::net::shutdown(&stream, Shutdown::Both);
+        }
+    }
+
     fn cancel(&self, listener: &UnixListener) {
         self.cancelled.store(true, Ordering::Release);
         // Fails where the thread is past that, which is fine. What was sent before can still be read.
@@ -265,7 +272,8 @@ impl Pager {
         let relayed = self.stop();
         let finished = self.shared.finished.load(Ordering::Acquire);
         match (exit, relayed) {
-            (PagerExit::Code(0), Ok(())) if finished => {
+            // Whatever became of the relay meanwhile.
+            (PagerExit::Code(0), _) if finished => {
                 self.shared.held.close();
                 Ended::Loaded
             }

@@ -349,6 +349,10 @@ impl Container {
                 };
                 deleted.or_else(|error| if error.is_gone() { Ok(()) } else { Err(error) })?;
             }
+            if state == State::CreatedFromImage {
+                // What was staged for a start that never came; after one that failed nothing is left of it.
+                this.fixed.take_back().await?;
+            }
             this.fixed.rootfs.unmount();
             let exit = match this.view().state {
                 State::Stopped(exit) => exit,

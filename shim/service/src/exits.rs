@@ -87,6 +87,7 @@ impl Exits {
 
     /// Starts a process. The table is locked meanwhile, so that its exit cannot be seen before its claim.
     pub(crate) fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        sys::descriptors_as_before(command);
         let mut table = self.table();
         #[allow(
             clippy::disallowed_methods,

@@ -12,11 +12,17 @@ use crate::exits::Exits;
 const MAX_ANSWER: u64 = 1 << 20;
 
 /// Kills a program whose answer is not waited for any more.
-struct Asked<'a>(&'a Exits, i32);
+struct Asked<'a> {
+    exits: &'a Exits,
+    pid: i32,
+    ended: bool,
+}
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        self.0.kill(self.1);
+        if !self.ended {
+            self.exits.kill(self.pid);
+        }
     }
 }
 
@@ -41,9 +47,14 @@ pub(crate) async fn capture(
             .read_to_end(&mut bytes)
             .map(|_| String::from_utf8_lossy(&bytes).into_owned())
     });
-    let _asked = Asked(exits, child.pid);
+    let mut asked = Asked {
+        exits,
+        pid: child.pid,
+        ended: false,
+    };
     let answer = async {
         let exit = child.exit.await;
+        asked.ended = true;
         // A child of the program may still hold its stdout: no longer than the deadline is that waited for.
         let text = output.await.map_err(io::Error::other)??;
         Ok((exit.status, text))

@@ -8,8 +8,10 @@ use std::{
         unix::{net::UnixListener, process::CommandExt},
     },
     process::Command,
+    sync::OnceLock,
 };
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::io::unix::AsyncFd;
 
 /// Makes `fd` descriptor `number` of the process that `command` starts, with no close-on-exec. `fd` has
@@ -46,6 +48,33 @@ pub(crate) fn die_with_us(command: &mut Command) {
     };
     // SAFETY: the closure only makes the call above; it neither allocates nor takes a lock.
     unsafe { command.pre_exec(ask) };
+}
+
+/// How many descriptors this process could have before [`more_descriptors`].
+static DESCRIPTORS: OnceLock<(u64, u64)> = OnceLock::new();
+
+/// Lets this process have as many descriptors as it may: of a container whose memory is still coming in it
+/// holds one for each process.
+pub(crate) fn more_descriptors() {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return;
+    };
+    if soft < hard && DESCRIPTORS.set((soft, hard)).is_ok() {
+        let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+        if let Err(error) = raised {
+            tracing::debug!(%error, "keeping the limit of descriptors");
+        }
+    }
+}
+
+/// Gives a child the limit that this process began with: runc would hand a container any other.
+pub(crate) fn descriptors_as_before(command: &mut Command) {
+    let Some((soft, hard)) = DESCRIPTORS.get().copied() else {
+        return;
+    };
+    let limit = move || setrlimit(Resource::RLIMIT_NOFILE, soft, hard).map_err(io::Error::from);
+    // SAFETY: the closure makes one system call; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(limit) };
 }
 
 /// Takes over the listener that [`pass_fd`] handed to this process.

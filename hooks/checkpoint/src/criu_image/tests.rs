@@ -72,14 +72,30 @@ pub(crate) fn pagemap(pages_id: u32, runs: &[(u64, u64, u32)]) -> Vec<u8> {
 
 /// The mappings of a process: ranges of addresses. The last page of each is a guard, which CRIU lists behind them.
 pub(crate) fn mappings(ranges: &[(u64, u64)]) -> Vec<u8> {
-    use records::{Number, Text, message};
-    let guards = ranges.iter().map(|(_, end)| (end - 0x1000, *end, 1 << 16));
     let ranges: Vec<_> = ranges
         .iter()
-        .map(|(start, end)| (*start, *end, 1))
+        .map(|(start, end)| (*start, *end, 0))
+        .collect();
+    advised(&ranges)
+}
+
+/// The same, with advice (`madvise`) as bits.
+pub(crate) fn advised(ranges: &[(u64, u64, u64)]) -> Vec<u8> {
+    use records::{Number, Text, message};
+    let guards = ranges
+        .iter()
+        .map(|(_, end, _)| (end - 0x1000, *end, 1 << 16, 0));
+    let ranges: Vec<_> = ranges
+        .iter()
+        .map(|(start, end, advice)| (*start, *end, 1, *advice))
         .chain(guards)
-        .map(|(start, end, status)| {
-            message(&[(1, Number(start)), (2, Number(end)), (7, Number(status))])
+        .map(|(start, end, status, advice)| {
+            message(&[
+                (1, Number(start)),
+                (2, Number(end)),
+                (7, Number(status)),
+                (9, Number(advice)),
+            ])
         })
         .collect();
     let fields: Vec<_> = ranges.iter().map(|range| (14, Text(range))).collect();

@@ -19,6 +19,19 @@ use super::{
 /// Returns when the pager's end is closed, when CRIU has failed, or when cancelled.
 pub(super) fn run(
     listener: &UnixListener,
+    pager: UnixStream,
+    shared: &Shared,
+) -> Result<(), PagerError> {
+    let relayed = relay(listener, pager, shared);
+    if relayed.is_err() {
+        // Nobody listens any more, and neither side may wait for it.
+        shared.hang_up();
+    }
+    relayed
+}
+
+fn relay(
+    listener: &UnixListener,
     mut pager: UnixStream,
     shared: &Shared,
 ) -> Result<(), PagerError> {

@@ -174,6 +174,24 @@ fn a_dead_pager_closes_nothing_until_the_tasks_are_dead() {
     }
 }
 
+/// A broken relay must not keep CRIU or the pager waiting for it.
+#[test]
+fn who_breaks_the_relay_is_hung_up_on() {
+    let mut stage = Stage::new();
+    let mut criu = stage.criu();
+    // A process without its descriptor, as when there are none left to receive it.
+    criu.write_all(&7_i32.to_ne_bytes()).unwrap();
+    criu.write_all(&[0]).unwrap();
+    let mut rest = Vec::new();
+    criu.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stage
+        .process
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    criu.read_to_end(&mut rest).unwrap();
+    stage.process.read_to_end(&mut rest).unwrap();
+}
+
 #[test]
 fn dropped_in_any_state_nothing_is_closed() {
     let mut stage = Stage::new();

@@ -1,6 +1,6 @@
 //! A container's way from an image to running, and until all of its memory is in.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use rekindle_core::annotations::Policy;
 
@@ -14,6 +14,9 @@ use crate::{
     },
     sys,
 };
+
+/// How long a container whose pager has died may take to end before it is killed once more.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// A restore under way.
 #[derive(Debug, Default)]
@@ -117,18 +120,20 @@ impl Container {
         self.loading.send_replace(true);
         let this = Arc::clone(self);
         tokio::spawn(async move {
-            let kill = async {
-                let killed = this
-                    .fixed
-                    .runc
-                    .kill(libc::SIGKILL.cast_unsigned(), false)
-                    .await;
-                if let Err(error) = killed {
-                    tracing::debug!(%error, "killing a container whose pager died");
-                }
-            };
             let ended = || async {
                 this.wait().await;
+            };
+            // Until it has ended: its tasks wait for pages that nobody brings.
+            let kill = async {
+                loop {
+                    let killed = this.fixed.runc.kill(libc::SIGKILL.cast_unsigned(), false);
+                    if let Err(error) = killed.await {
+                        tracing::error!(%error, "killing a container whose pager died");
+                    }
+                    if tokio::time::timeout(AGAIN, ended()).await.is_ok() {
+                        break;
+                    }
+                }
             };
             loading.supervise(&this.fixed.id, kill, ended).await;
             this.loading.send_replace(false);

@@ -53,7 +53,13 @@ pub(crate) async fn run(
     let held = state == State::Running;
     let release = held && !request.exit;
     if held {
-        step(id, "hold", hold::hold(fixed, pid)).await?;
+        if let Err(error) = step(id, "hold", hold::hold(fixed, pid)).await {
+            // It may be frozen, or half of it.
+            if let Err(error) = fixed.runc.resume().await {
+                tracing::error!(id, %error, "thawing after a failed checkpoint");
+            }
+            return Err(error);
+        }
     } else {
         hold::require_dumpable(fixed, pid)?;
     }

@@ -215,6 +215,26 @@ pub(crate) async fn run(
     source: Source,
     running: impl Fn(Option<i32>),
 ) -> Result<Restored, Error> {
+    let work = match fixed.options.criu_work_path.as_str() {
+        "" => fixed.bundle.join("work"),
+        path => path.into(),
+    };
+    let mut loading = None;
+    match start(fixed, io, source, &work, &mut loading, running).await {
+        Ok((pid, exit)) => Ok(Restored { pid, exit, loading }),
+        Err(error) => Err(undo(fixed, &work, loading, error).await),
+    }
+}
+
+/// Restores; what there is of it at an error is the caller's to take back.
+async fn start(
+    fixed: &Fixed,
+    io: &mut ProcessIo,
+    source: Source,
+    work: &Path,
+    loading: &mut Option<Loading>,
+    running: impl Fn(Option<i32>),
+) -> Result<(i32, ExitOf), Error> {
     let id = fixed.id.as_str();
     let Source {
         images,
@@ -227,11 +247,7 @@ pub(crate) async fn run(
     let spec = Spec::read(&fixed.bundle)?;
     fixed.criu.write(Purpose::Restore(images.flags()))?;
     let pid_file = fixed.bundle.join("init.pid");
-    let work = match fixed.options.criu_work_path.as_str() {
-        "" => fixed.bundle.join("work"),
-        path => path.into(),
-    };
-    std::fs::create_dir_all(&work).map_err(Error::file("creating", &work))?;
+    std::fs::create_dir_all(work).map_err(Error::file("creating", work))?;
     let socket = io
         .streams()
         .terminal
@@ -249,7 +265,7 @@ pub(crate) async fn run(
         .arg("--image-path")
         .arg(images.folder())
         .arg("--work-path")
-        .arg(&work);
+        .arg(work);
     if let Images::Plain {
         parent: Some(parent),
         ..
@@ -264,26 +280,24 @@ pub(crate) async fn run(
         &fixed.options,
         socket.as_ref().map(ConsoleSocket::path),
     );
-    let mut loading = match images {
-        Images::Ours {
-            image,
-            lazily: true,
-        } => {
-            command.arg("--lazy-pages");
-            Some(loading::start(fixed, image, &work)?)
-        }
-        _ => None,
-    };
+    if let Images::Ours {
+        image,
+        lazily: true,
+    } = images
+    {
+        command.arg("--lazy-pages");
+        *loading = Some(loading::start(fixed, image, work)?);
+    }
     command.arg(id);
     theirs.give(&mut command);
 
     let name = hostname::Name::of(&spec).await?;
     let window = fixed.runc.exits.window();
-    let ran = step(id, "runc restore", async {
+    step(id, "runc restore", async {
         let restore = fixed.runc.spawn("restore", command, log)?;
         running(Some(restore.pid()));
         let trouble = async {
-            match &mut loading {
+            match loading {
                 Some(loading) => loading.trouble().await,
                 None => std::future::pending().await,
             }
@@ -301,11 +315,7 @@ pub(crate) async fn run(
         io.start(console)?;
         Ok((pid, exit))
     })
-    .await;
-    match ran {
-        Ok((pid, exit)) => Ok(Restored { pid, exit, loading }),
-        Err(error) => Err(undo(fixed, &work, loading, error).await),
-    }
+    .await
 }
 
 /// The labels of the new spec: an image carries those of the old one.

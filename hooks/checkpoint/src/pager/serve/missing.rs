@@ -13,6 +13,8 @@ pub(super) struct Piece {
     pub(super) bytes: u64,
     /// Where they are in the pages file.
     pub(super) at: u64,
+    /// Whether a forked child finds them too.
+    pub(super) inherited: bool,
 }
 
 impl Piece {
@@ -28,6 +30,7 @@ impl Piece {
             vaddr,
             bytes: end - vaddr,
             at: self.at + (vaddr - self.vaddr),
+            ..*self
         })
     }
 }
@@ -60,12 +63,16 @@ impl Missing {
                     vaddr: run.vaddr,
                     bytes,
                     at,
+                    inherited: true,
                 };
                 let mut found = 0;
-                for (start, end) in mappings.overlapping(whole.vaddr, whole.end()) {
-                    if let Some(piece) = whole.within(start, end) {
+                for mapping in mappings.overlapping(whole.vaddr, whole.end()) {
+                    if let Some(piece) = whole.within(mapping.start, mapping.end) {
                         found += piece.bytes;
-                        missing.insert(piece);
+                        missing.insert(Piece {
+                            inherited: mapping.inherited,
+                            ..piece
+                        });
                     }
                 }
                 if found != bytes {
@@ -80,6 +87,12 @@ impl Missing {
             }
         }
         Ok(missing)
+    }
+
+    /// What is missing in a child that was forked now. What it does not inherit is not there, or zeros.
+    pub(super) fn of_child(&self) -> Self {
+        let inherited = self.0.iter().filter(|(_, piece)| piece.inherited);
+        Self(inherited.map(|(vaddr, piece)| (*vaddr, *piece)).collect())
     }
 
     pub(super) fn is_empty(&self) -> bool {

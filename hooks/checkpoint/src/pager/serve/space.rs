@@ -1,6 +1,7 @@
 //! The memory of one restored process, until all of it is in.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io,
     os::unix::fs::FileExt,
@@ -31,10 +32,35 @@ pub(super) struct Space {
     /// range is gone" and the entry of that into `missing`, nobody copies.
     gate: RwLock<()>,
     missing: Mutex<Missing>,
+    moved: Mutex<Moved>,
     /// Pages that threads wait for and that could not be put yet.
     waiting: Mutex<Vec<u64>>,
     /// Where to load next: behind what was loaded or asked for last.
     cursor: Mutex<u64>,
+}
+
+/// Where moves began whose end is not told yet. The kernel tells of a move, waits until that is read, and
+/// then tells that the range where it began is unmapped. By then another thread may have moved something
+/// there, which is not unmapped at all.
+#[derive(Debug, Default)]
+struct Moved(VecDeque<(u64, u64)>);
+
+impl Moved {
+    /// More are not remembered: after `MREMAP_DONTUNMAP` no end is told.
+    const MOST: usize = 256;
+
+    fn begins(&mut self, start: u64, end: u64) {
+        if self.0.len() == Self::MOST {
+            self.0.pop_front();
+        }
+        self.0.push_back((start, end));
+    }
+
+    /// Whether that this range is unmapped is the end of a move.
+    fn ends(&mut self, start: u64, end: u64) -> bool {
+        let of = self.0.iter().position(|moved| *moved == (start, end));
+        of.and_then(|index| self.0.remove(index)).is_some()
+    }
 }
 
 /// A pages file of the image.
@@ -71,6 +97,7 @@ impl Space {
             pages,
             gate: RwLock::default(),
             missing: Mutex::new(missing),
+            moved: Mutex::default(),
             waiting: Mutex::default(),
             cursor: Mutex::new(0),
         }
@@ -103,12 +130,20 @@ impl Space {
             let event = self.userfaultfd.read();
             match event.map_err(|source| self.kernel("read from", source))? {
                 Some(Event::Fault(address)) => waiting.push(address & !(page_size - 1)),
-                Some(Event::Gone { start, end }) => drop(lock(&self.missing).remove(start, end)),
+                Some(Event::Discarded { start, end }) => {
+                    lock(&self.missing).remove(start, end);
+                }
+                Some(Event::Unmapped { start, end }) => {
+                    if !lock(&self.moved).ends(start, end) {
+                        lock(&self.missing).remove(start, end);
+                    }
+                }
                 Some(Event::Moved { from, to, bytes }) => {
                     lock(&self.missing).shift(from, to, bytes);
+                    lock(&self.moved).begins(from, from.saturating_add(bytes));
                 }
                 Some(Event::Fork(userfaultfd)) => {
-                    let missing = lock(&self.missing).clone();
+                    let missing = lock(&self.missing).of_child();
                     let pages = Arc::clone(&self.pages);
                     forked(Self::new(0, userfaultfd, pages, missing))?;
                 }
@@ -191,18 +226,20 @@ impl Space {
         let page = page_size as usize;
         let mut rest = bytes;
         let mut most = bytes.len();
+        let mut asked_again = false;
         while !rest.is_empty() {
             let put = (bytes.len() - rest.len()) as u64;
             let vaddr = piece.vaddr + put;
             let attempt = &rest[..most.min(rest.len())];
             let (mut done, refusal) = self.userfaultfd.copy(vaddr, attempt);
             match refusal {
-                None => most = bytes.len(),
+                None => (most, asked_again) = (bytes.len(), false),
                 Some(Refusal::Busy) => {
                     let left = Piece {
                         vaddr,
                         bytes: piece.bytes - put,
                         at: piece.at + put,
+                        ..piece
                     };
                     lock(&self.missing).insert(left);
                     return Ok(Some(left));
@@ -216,9 +253,13 @@ impl Space {
                 Some(Refusal::NotMapped) if attempt.len() > page => {
                     most = (attempt.len() / 2).next_multiple_of(page);
                 }
+                // Since Linux 6.9 what is being moved looks unmapped to who was already waiting for the mapping,
+                // and busy to who asks from then on.
+                Some(Refusal::NotMapped) if !asked_again => asked_again = true,
                 Some(Refusal::NotMapped | Refusal::Present) => {
                     self.userfaultfd.wake(vaddr, page_size);
                     done = page;
+                    asked_again = false;
                 }
                 Some(Refusal::Failed(errno)) => return Err(self.refused(vaddr, errno)),
             }

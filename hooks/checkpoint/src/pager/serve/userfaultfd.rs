@@ -42,9 +42,15 @@ pub(super) enum Event {
         /// Its bytes.
         bytes: u64,
     },
-    /// The range was unmapped, or its contents were given up (`MADV_DONTNEED`, `MADV_REMOVE`): what is
-    /// mapped there now reads as zeros.
-    Gone {
+    /// The contents of a range were given up (`MADV_DONTNEED`, `MADV_REMOVE`): they read as zeros.
+    Discarded {
+        /// First address.
+        start: u64,
+        /// First address behind it.
+        end: u64,
+    },
+    /// A range was unmapped, by itself or as the end of a move.
+    Unmapped {
         /// First address.
         start: u64,
         /// First address behind it.
@@ -130,7 +136,11 @@ impl Userfaultfd {
                 to: word(1),
                 bytes: word(2),
             },
-            UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP => Event::Gone {
+            UFFD_EVENT_REMOVE => Event::Discarded {
+                start: word(0),
+                end: word(1),
+            },
+            UFFD_EVENT_UNMAP => Event::Unmapped {
                 start: word(0),
                 end: word(1),
             },

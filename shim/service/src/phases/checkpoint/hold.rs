@@ -13,7 +13,7 @@ const ATTEMPTS: u32 = 20;
 /// How long they run in between; what stands between vfork and exec mostly needs far less to get past it.
 const BETWEEN: Duration = Duration::from_millis(2);
 
-/// Freezes the container, with no task between `vfork` and `exec`.
+/// Freezes the container, with no task between `vfork` and `exec`. After an error it may be frozen or not.
 ///
 /// By runc and before CRIU looks: on cgroup v1 a tree that forks can keep CRIU's own freezing from ever
 /// ending, which runc knows how to get round. And a parent in `vfork` cannot be stopped by ptrace before its
@@ -30,10 +30,7 @@ pub(super) async fn hold(fixed: &Fixed, init: i32) -> Result<(), Error> {
     }
     match in_vfork(init) {
         None => Ok(()),
-        Some(pid) => {
-            fixed.runc.resume().await?;
-            Err(stuck(fixed, pid, "try again"))
-        }
+        Some(pid) => Err(stuck(fixed, pid, "try again")),
     }
 }
 

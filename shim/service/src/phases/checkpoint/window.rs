@@ -125,13 +125,24 @@ pub(super) async fn dump(
             .map(|m| m.destination.to_owned())
             .collect(),
     };
-    let copied = blocking(move || {
+    let abort = link.abort().map_err(|e| cannot(sentence(&e)))?;
+    let copying = blocking(move || {
         let taken = from.take(&partial)?;
         // Closed here, on the thread that may wait; dropped by an error above it, it ends the dump too.
         link.close(CLOSING).map_err(|e| sentence(&e))?;
         Ok((partial, taken))
-    })
-    .await?;
+    });
+    let copied = match tokio::time::timeout_at((began + deadline).into(), copying).await {
+        Ok(copied) => copied?,
+        // Its thread may be stuck in a disk that does not answer. The tasks do not wait for that.
+        Err(_) => {
+            abort.end();
+            Err(format!(
+                "its memory was not copied within the {} s of deadlines.checkpoint",
+                deadline.as_secs()
+            ))
+        }
+    };
     // The dump has to be over, well or not, before anything is said of the tasks.
     let ended = ended.await;
     let (partial, (files, tasks)) = copied

@@ -46,6 +46,7 @@ pub(super) fn start(
         id: fixed.id.clone(),
         reason,
     };
+    sys::more_descriptors();
     let program = data::program();
     let (pager, launch) = Pager::start(&program, image, work).map_err(|e| cannot(sentence(&e)))?;
     #[allow(clippy::disallowed_methods, reason = "the launch of the pager")]
@@ -111,7 +112,9 @@ impl Loading {
 
     /// Gives up on a container whose tasks are gone.
     pub(super) async fn abandon(mut self) {
-        self.exits.kill(self.pid);
+        if self.ended.is_none() {
+            self.exits.kill(self.pid);
+        }
         self.process_ended().await;
         let _ = self.pager.abandon(|| Ok::<(), ()>(()));
     }

@@ -32,6 +32,7 @@ fn of(pieces: &[(u64, u64, u64)]) -> Missing {
             vaddr: vaddr * PAGE,
             bytes: count * PAGE,
             at: at * PAGE,
+            inherited: true,
         });
     }
     missing
