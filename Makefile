@@ -1,38 +1,48 @@
 # rekindle: build, test, try. `make` alone lists what there is.
 
 CARGO ?= cargo
-# The last line of defence against a hanging suite; a whole run takes minutes.
+# An error is a sentence; where RUST_BACKTRACE is set, a backtrace of each would bury it.
 export RUST_LIB_BACKTRACE ?= 0
-DEB_PACKAGES := debootstrap debian-archive-keyring protobuf-compiler qemu-system-x86 cpio e2fsprogs busybox-static \
-                cmake gcc libc6-dev pkg-config util-linux iproute2 mawk python3-pip
+BUILD_PACKAGES := gcc libc6-dev protobuf-compiler
+NODE_PACKAGES := debootstrap debian-archive-keyring qemu-system-x86 cpio e2fsprogs busybox-static util-linux iproute2 \
+                 mawk python3-pip
 
 # Programs are run from here: cargo run --package would choose other features of the dependencies, and build them anew.
 BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build node test test-unit test-suites lint demo bench dist clean-cache
+.PHONY: help deps deps-build build node test test-unit test-suites lint demo bench dist clean-cache
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  NODE_SUITE=trixie          a node with containerd 1.7 in place of 2.1"
-	@echo "  REKINDLE_RUNTIMES=go       the lifecycle suite on containerd's own shim only (or: rekindle)"
+	@echo "  REKINDLE_RUNTIMES=go       the lifecycle and CRI suites on containerd's own shim only (or: rekindle)"
 	@echo "  REKINDLE_CACHE=DIR         where Debian roots and images are kept (/var/cache/rekindle-test)"
 
-deps: ## install the Debian packages that are missing (as root; names them otherwise)
-	@missing=; for p in $(DEB_PACKAGES); do \
+# Installs those of the packages in $(1) that are missing.
+define install
+	@missing=; for p in $(1); do \
 	  dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || missing="$$missing $$p"; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" -ne 0 ]; then echo "missing packages:$$missing; run: sudo apt-get install$$missing" >&2; exit 1; fi; \
 	echo "installing$$missing"; export DEBIAN_FRONTEND=noninteractive; \
 	apt-get -qq update && apt-get -qq install --no-install-recommends -y $$missing >/dev/null
+endef
+
+deps: ## install the Debian packages that are missing (as root; names them otherwise)
+	$(call install,$(BUILD_PACKAGES) $(NODE_PACKAGES))
+
+# What a build needs and no more. Another distribution has its own names for it.
+deps-build:
+	$(if $(shell command -v dpkg-query),$(call install,$(BUILD_PACKAGES)))
 
 # Everything that is tested is built with one selection of packages, so that no dependency is compiled twice.
 build: ## build the shim, the CLI and what the tests need
 	$(CARGO) build --workspace --bins
 
 node: deps build ## an interactive shell in a throwaway node with our shim registered
-	@$(CARGO) --quiet run --package rekindle-tests --bin rekindle-node
+	@"$(BUILT)/debug/rekindle-node"
 
 test: deps build ## unit tests, and the suites on real nodes with containerd 2.1 and 1.7 (as root)
 	$(CARGO) test --workspace --no-fail-fast
@@ -60,11 +70,11 @@ bench: deps build ## the figures of docs/BENCHMARKS.md (as root); ARGS="--pairs 
 	@REKINDLE_BIN_DIR="$(BUILT)/release" "$(BUILT)/debug/bench" $(ARGS)
 
 # The shim is built by itself: together with the CLI it would get the CLI's features, and with them a network client.
-dist: ## what a node gets: optimised programs in dist/
+dist: deps-build ## what a node gets: optimised programs in dist/
 	$(CARGO) build --profile dist --package rekindle-shim
 	$(CARGO) build --profile dist --package rekindle
 	mkdir -p dist
-	cp target/dist/containerd-shim-rekindle-v1 target/dist/rekindle dist/
+	cp "$(BUILT)/dist/containerd-shim-rekindle-v1" "$(BUILT)/dist/rekindle" dist/
 	cd dist && sha256sum containerd-shim-rekindle-v1 rekindle > SHA256SUMS
 
 clean-cache: ## forget the cached Debian roots and images

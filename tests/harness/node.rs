@@ -79,7 +79,7 @@ impl Node {
     pub async fn start(config: NodeConfig) -> Result<Node> {
         ensure!(
             nix::unistd::geteuid().is_root(),
-            "a node is made of namespaces and mounts, which needs root: run `sudo make test`"
+            "a node is made of namespaces and mounts, which needs root: start the same with `sudo -E env PATH=\"$PATH\" …`"
         );
         let root = root::node(config.suite)?;
         let (claim, log) = leftovers::sweep_then_claim()?;

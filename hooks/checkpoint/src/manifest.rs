@@ -58,7 +58,7 @@ pub struct Host {
     pub arch: String,
     /// `vendor_id` of `/proc/cpuinfo` (x86), `CPU implementer` (arm).
     pub cpu_vendor: String,
-    /// `cpu family` and `model` of `/proc/cpuinfo`, for people.
+    /// `model name` of `/proc/cpuinfo` (x86), `CPU part` (arm); for people.
     pub cpu_model: String,
     /// The CPU features that user code can see and depend on: see [`fit::relevant_flags`](crate::fit::relevant_flags).
     pub cpu_flags: BTreeSet<String>,

@@ -10,10 +10,7 @@
 
 use std::{
     io::{self, Read, Write},
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::OwnedFd, unix::net::UnixStream},
     time::Duration,
 };
 
@@ -78,17 +75,8 @@ impl PageServerLink {
         format!("ps-socket {CHILD_FD}")
     }
 
-    /// The end that the child gets as [`CHILD_FD`].
-    pub fn child_end(&self) -> Option<BorrowedFd<'_>> {
-        self.theirs.as_ref().map(AsFd::as_fd)
-    }
-
-    /// To be called when the child is started: while we hold its end too, we would not see it die.
-    pub fn child_started(&mut self) {
-        self.theirs = None;
-    }
-
-    /// The end for the child, for callers that hand it over by value.
+    /// The end that the child gets as [`CHILD_FD`]. To be closed here when the child is started: while we hold
+    /// it too, we would not see the child die.
     pub fn take_child_end(&mut self) -> Option<OwnedFd> {
         self.theirs.take().map(OwnedFd::from)
     }

@@ -289,7 +289,10 @@ impl Acquisition<'_> {
             .unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
         let info = self.cache.get(&self.key, &listing.version)?;
         info.ok_or_else(|| DatasetError::Manifest {
-            path: self.cache.folder(&self.key, &listing.version),
+            path: self
+                .cache
+                .folder(&self.key, &listing.version)
+                .join(manifest::FILE),
             reason: "it was removed while it was published".to_owned(),
         })
     }

@@ -125,9 +125,13 @@ pub enum DatasetError {
         version: String,
     },
     /// What is published is not what its manifest says.
-    #[error("{}: {reason}: remove it with `rekindle dataset rm` and fetch it again", path.display())]
+    #[error(
+        "{}: {reason}: remove the folder {} when no container uses it, and fetch it again",
+        path.display(),
+        path.parent().unwrap_or(path).display()
+    )]
     Manifest {
-        /// The manifest.
+        /// The manifest, in the dataset's folder.
         path: PathBuf,
         /// What is wrong.
         reason: String,

@@ -140,8 +140,13 @@ struct Listed {
 }
 
 fn wrong(key: &str, value: &str, reason: impl ToString) -> AnnotationError {
+    wrong_at(&format!("{PREFIX}{key}"), value, reason)
+}
+
+/// The same for a key that is given with its prefix.
+fn wrong_at(key: &str, value: &str, reason: impl ToString) -> AnnotationError {
     AnnotationError::Value {
-        key: format!("{PREFIX}{key}"),
+        key: key.to_owned(),
         value: value.chars().take(200).collect(),
         reason: reason.to_string(),
     }
@@ -203,12 +208,14 @@ impl PodRequest {
             container: get("container").map(str::to_owned),
             ..Self::default()
         };
-        let single =
-            get("dataset").or_else(|| annotations.get(KUBE_CACHE_DATASET).map(String::as_str));
-        if let Some(value) = single {
+        // With its key: a pod must not be told of one that it has not.
+        let single = [format!("{PREFIX}dataset"), KUBE_CACHE_DATASET.to_owned()]
+            .into_iter()
+            .find_map(|key| annotations.get(&key).map(|value| (key, value)));
+        if let Some((key, value)) = single {
             request.datasets.push(DatasetRequest {
                 name: "dataset".to_owned(),
-                uri: value.parse().map_err(|e| wrong("dataset", value, e))?,
+                uri: value.parse().map_err(|e| wrong_at(&key, value, e))?,
                 mount: match get("dataset-mount") {
                     Some(path) => mount_path(path).map_err(|e| wrong("dataset-mount", path, e))?,
                     None => "/data".to_owned(),

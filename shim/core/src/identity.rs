@@ -8,10 +8,8 @@ use crate::name::{NameError, Namespace};
 /// `internal/cri/annotations/annotations.go`). A pod cannot set them: they overwrite what it says.
 mod cri {
     pub(super) const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-    pub(super) const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
     pub(super) const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
     pub(super) const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
-    pub(super) const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
     pub(super) const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
 }
 
@@ -34,12 +32,8 @@ pub struct Identity {
     pub namespace: Namespace,
     /// What it is to its pod.
     pub role: Role,
-    /// The pod's sandbox id; the shim groups by it.
-    pub sandbox_id: Option<String>,
     /// `<pod namespace>/<pod name>`, for messages.
     pub pod: Option<String>,
-    /// The pod's UID: a lease lasts as long as it.
-    pub pod_uid: Option<String>,
     /// The container's name in the pod spec; none for a sandbox and outside CRI.
     pub container_name: Option<String>,
 }
@@ -73,11 +67,9 @@ impl Identity {
         Ok(Self {
             namespace,
             role,
-            sandbox_id: get(cri::SANDBOX_ID),
             pod: pod_namespace
                 .zip(get(cri::SANDBOX_NAME))
                 .map(|(ns, name)| format!("{ns}/{name}")),
-            pod_uid: get(cri::SANDBOX_UID),
             container_name: get(cri::CONTAINER_NAME),
         })
     }

@@ -2,13 +2,13 @@
 
 /// The node's configuration. Absent: all defaults.
 pub const CONFIG_FILE: &str = "/etc/rekindle/config.toml";
-/// Sockets, pid files and the RAM tier; gone after a reboot.
+/// Sockets over which runc hands over terminals; gone after a reboot.
 pub const RUN_DIR: &str = "/run/rekindle";
 /// Datasets on the node's disk; see `rekindle-dataset` for what lies inside.
 pub const DATASETS_DIR: &str = "/var/lib/rekindle/datasets";
 /// Checkpoint images on the node's disk; see `rekindle-checkpoint` for what lies inside.
 pub const IMAGES_DIR: &str = "/var/lib/rekindle/images";
-/// The CLI, started by the shim for whatever needs a network.
+/// The CLI, started by the shim for whatever needs a network, and as the pager.
 ///
-/// The shim looks beside its own binary first, then here, then on `PATH`.
+/// The shim looks beside its own binary first, then here.
 pub const CLI_BINARY: &str = "/opt/rekindle/bin/rekindle";

@@ -52,6 +52,18 @@ fn a_sentence_names_key_value_and_what_is_allowed() {
             &[("rekindle.dev/dataset", "models")],
             &["rekindle.dev/dataset", "\"models\"", "s3://bucket/prefix/"],
         ),
+        // The key that the pod has, and not the one that it stands for.
+        (
+            &[("x-openai/required-dataset", "models")],
+            &["annotation x-openai/required-dataset=\"models\""],
+        ),
+        (
+            &[
+                ("x-openai/required-dataset", "s3://models/"),
+                ("rekindle.dev/dataset", "models"),
+            ],
+            &["annotation rekindle.dev/dataset=\"models\""],
+        ),
         (
             &[("rekindle.dev/dataset", "s3://m-b/a/../b/")],
             &["s3://m-b/a/../b/", "'..'"],

@@ -30,8 +30,10 @@ pub(super) async fn all(args: &DoctorArgs, config: &NodeConfig) -> Vec<Check> {
         shim(),
     ];
     checks.push(versioned("runc", (1, 1), "1.1", "install runc 1.1 or newer").await);
-    let criu = versioned("criu", (4, 0), "4.0", "install CRIU 4.0 or newer").await;
-    let usable = criu.state == super::State::Passed;
+    let criu = versioned("criu", (4, 1), "4.1", "install CRIU 4.1 or newer").await;
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let criu = on_kernel(criu, kernel.trim());
+    let usable = criu.state != super::State::Failed;
     checks.push(criu);
     if usable {
         checks.push(criu_check().await);
@@ -149,6 +151,20 @@ fn numbers(text: &str) -> Option<(u32, u32)> {
             let mut parts = word.split(['.', '-', '+', '~']);
             Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
         })
+}
+
+/// Kernels since about 6.16 refuse an option that CRIU before 4.2 sets on every TCP socket (`SO_PASSCRED`).
+fn on_kernel(criu: Check, kernel: &str) -> Check {
+    let refuses = numbers(kernel).is_some_and(|kernel| kernel >= (6, 16));
+    let asks = numbers(&criu.found).is_some_and(|criu| criu < (4, 2));
+    if criu.state == super::State::Passed && refuses && asks {
+        return Check::noted(
+            criu.name,
+            format!("{}, under Linux {kernel}", criu.found),
+            "install CRIU 4.2 or newer: this one cannot dump a TCP socket under Linux 6.16 or newer",
+        );
+    }
+    criu
 }
 
 async fn criu_check() -> Check {
@@ -273,6 +289,20 @@ mod tests {
             assert_eq!(numbers(text), Some(version), "{text}");
         }
         assert_eq!(numbers("no number"), None);
+    }
+
+    #[test]
+    fn a_criu_that_cannot_dump_tcp_sockets_on_this_kernel_is_told_of() {
+        let state = |criu: &str, kernel: &str| on_kernel(Check::passed("criu", criu), kernel).state;
+        assert_eq!(state("Version: 4.1.1", "6.18.5-amd64"), State::Noted);
+        assert_eq!(state("Version: 4.1.1", "6.16-rc1"), State::Noted);
+        assert_eq!(
+            state("Version: 4.1.1", "6.12.48+deb13-amd64"),
+            State::Passed
+        );
+        assert_eq!(state("Version: 4.2", "6.18.5-amd64"), State::Passed);
+        let failed = Check::failed("criu", "Version: 4.0, 4.1 or newer is needed", "");
+        assert_eq!(on_kernel(failed, "6.18.5").state, State::Failed);
     }
 
     #[test]

@@ -43,7 +43,8 @@ const STATUS_FD: i32 = CHILD_FD + 1;
 pub(super) struct Taken {
     pub(super) files: Vec<FileEntry>,
     pub(super) tasks: Tasks,
-    /// From the beginning of the dump to its end: no longer than this did the tasks stand still.
+    /// From the beginning of the dump to its end. The tasks stood still for longer: since they were held before it,
+    /// until they are released after it.
     pub(super) stopped: Duration,
 }
 
