@@ -11,6 +11,8 @@ use tokio::process::Child;
 /// Where it listens, in the node's own network: no other node is in the way.
 const LISTEN: &str = "127.0.0.1:9000";
 const ROOT: &str = "/srv/s3";
+/// What is to be uploaded.
+const STAGING: &str = "/srv/upload";
 const CREDENTIALS: &str = "/etc/rekindle/s3-credentials";
 const CA: &str = "/srv/s3/.tls/ca.pem";
 const KEY: (&str, &str) = ("rekindle", "rekindle-secret");
@@ -30,12 +32,9 @@ pub fn source(bucket: &str) -> String {
 }
 
 impl S3Server {
-    /// Puts the files of `folder` under `prefix` of `bucket`, and starts a server that has them.
+    /// Starts a server, and puts the files of `folder` under `prefix` of its `bucket`.
     pub async fn start(node: &Node, bucket: &str, prefix: &str, folder: &Path) -> Result<S3Server> {
-        let there = node.path(ROOT).join(bucket).join(prefix);
-        upload(folder, &there).with_context(|| {
-            format!("filling s3://{bucket}/{prefix}/ from {}", folder.display())
-        })?;
+        fs::create_dir_all(node.path(ROOT))?;
         fs::write(
             node.path(CREDENTIALS),
             format!(
@@ -70,26 +69,63 @@ impl S3Server {
                 String::from_utf8_lossy(&said.stderr).trim()
             );
         }
+        upload(node, bucket, prefix, folder)
+            .await
+            .with_context(|| {
+                format!("filling s3://{bucket}/{prefix}/ from {}", folder.display())
+            })?;
         Ok(S3Server { _process: process })
     }
 }
 
-/// Copies a folder's files; the server gives them at its start what an upload would have given them.
-fn upload(from: &Path, to: &Path) -> Result<()> {
-    let files = files_below(from)?;
-    ensure!(!files.is_empty(), "{} holds no files", from.display());
+/// Puts a folder's files as a client of S3 does, inside the node, whose network nobody else is in.
+async fn upload(node: &Node, bucket: &str, prefix: &str, folder: &Path) -> Result<()> {
+    // Where the node sees it.
+    let there = node.path(STAGING);
+    let files = files_below(folder)?;
     let total = files.iter().map(|(_, bytes)| bytes).sum();
+    for (path, _) in &files {
+        let copy = there.join(path.strip_prefix(folder)?);
+        fs::create_dir_all(copy.parent().unwrap_or(&there))?;
+        fs::copy(path, &copy).with_context(|| format!("copying {}", path.display()))?;
+    }
+    let (endpoint, prefix) = (format!("https://{LISTEN}"), format!("{prefix}/"));
+    let command = [
+        "rekindle-s3server",
+        "put",
+        "--endpoint",
+        &endpoint,
+        "--ca",
+        CA,
+        "--access-key",
+        KEY.0,
+        "--secret-key",
+        KEY.1,
+        "--bucket",
+        bucket,
+        "--prefix",
+        &prefix,
+        STAGING,
+    ];
+    let mut process = tokio::process::Command::from(node.command(&command))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
     let progress = Progress::bytes("uploading the weights", total);
-    for (path, bytes) in files {
-        let there = to.join(path.strip_prefix(from)?);
-        if let Some(parent) = there.parent() {
-            fs::create_dir_all(parent)?;
-        }
-        fs::copy(&path, &there).with_context(|| format!("copying {}", path.display()))?;
-        progress.add(bytes);
+    let mut lines = BufReader::new(process.stdout.take().context("no stdout")?).lines();
+    while let Some(bytes) = lines.next_line().await? {
+        progress.add(bytes.parse()?);
     }
     progress.hide();
-    Ok(())
+    let ended = process.wait_with_output().await?;
+    ensure!(
+        ended.status.success(),
+        "the upload ended with {}: {}",
+        ended.status,
+        String::from_utf8_lossy(&ended.stderr).trim()
+    );
+    Ok(fs::remove_dir_all(there)?)
 }
 
 fn files_below(folder: &Path) -> Result<Vec<(std::path::PathBuf, u64)>> {

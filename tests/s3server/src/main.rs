@@ -6,12 +6,13 @@
 
 mod adopt;
 mod buckets;
+mod put;
 mod tls;
 
 use std::{io::Write, net::SocketAddr, path::PathBuf};
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     server::conn::auto::Builder,
@@ -25,12 +26,15 @@ use tokio::{
 #[derive(Debug, Parser)]
 #[command(
     version,
-    about = "An S3 server for tests: folders as buckets, SigV4, TLS"
+    about = "An S3 server for tests: folders as buckets, SigV4, TLS",
+    args_conflicts_with_subcommands = true
 )]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Folder whose folders are the buckets.
-    #[arg(long)]
-    root: PathBuf,
+    #[arg(long, required = true)]
+    root: Option<PathBuf>,
     /// Where to listen; port 0 takes a free one.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
@@ -51,13 +55,23 @@ struct Args {
     http: bool,
 }
 
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Put the files of a folder into a bucket of such a server.
+    Put(put::Put),
+}
+
 // Two threads: encryption and reading may then overlap with one slow request.
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    adopt::adopt(&args.root)
-        .with_context(|| format!("cannot read the buckets below {}", args.root.display()))?;
-    let store = buckets::Buckets::open(&args.root)?;
+    if let Some(Command::Put(put)) = &args.command {
+        return put::put(put).await;
+    }
+    let root = args.root.context("--root is needed")?;
+    adopt::adopt(&root)
+        .with_context(|| format!("cannot read the buckets below {}", root.display()))?;
+    let store = buckets::Buckets::open(&root)?;
     let mut builder = S3ServiceBuilder::new(store);
     builder.set_auth(SimpleAuth::from_single(
         &args.access_key,
@@ -72,7 +86,7 @@ async fn main() -> anyhow::Result<()> {
     let (acceptor, ca) = if args.http {
         (None, None)
     } else {
-        let folder = args.tls.unwrap_or_else(|| args.root.join(".tls"));
+        let folder = args.tls.unwrap_or_else(|| root.join(".tls"));
         let mut names = args.name;
         names.extend(["localhost".to_owned(), address.ip().to_string()]);
         let (acceptor, ca) = tls::acceptor(&folder, names)?;
