@@ -4,7 +4,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use containerd_client::tonic::Status;
 use rekindle_harness::container::Builder;
 use rekindle_harness::fifo::Reader;
-use rekindle_harness::{Container, Count, Image, Node, NodeConfig, Runtime, images};
+use rekindle_harness::{Container, Count, Image, Node, NodeConfig, Runtime, Suite, images};
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::Output;
@@ -67,6 +67,26 @@ impl Stage {
             Some(alone) => Some(alone.lock().await),
             None => None,
         }
+    }
+
+    /// Whether CRIU can dump TCP sockets here. That of trixie cannot where the kernel has no `SO_PASSCRED` for them,
+    /// since Linux 6.16; then the checkpoint of a container with one must be refused, which this asserts.
+    pub(crate) async fn dumps_tcp_of(&self, container: &str) -> Result<bool> {
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        let mut numbers = release.split('.').map(|text| text.parse::<u32>().ok());
+        let kernel = (numbers.next().flatten(), numbers.next().flatten());
+        if self.node.suite() != Suite::Trixie || kernel < (Some(6), Some(16)) {
+            return Ok(true);
+        }
+        let refused = self
+            .rekindle(&["checkpoint", container, "--name", "with-tcp"])
+            .await?;
+        let said = String::from_utf8_lossy(&refused.stderr);
+        ensure!(
+            !refused.status.success() && said.contains("sockets: Can't get 1:16 opt"),
+            "CRIU 4.1 was expected to refuse: {said}"
+        );
+        Ok(false)
     }
 
     /// A container of the busybox image.
