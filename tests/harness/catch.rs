@@ -15,14 +15,12 @@ impl Node {
     pub async fn catch(&self, words: &[&str], signal: Signal) -> Result<Pid> {
         let look = async {
             loop {
-                for (pid, line) in self.processes()? {
-                    if words.iter().all(|word| line.contains(word)) {
-                        let pid = Pid::from_raw(pid.try_into()?);
-                        // It may be gone, or be at its end: runc asks CRIU for its version first.
-                        let sent = kill(pid, signal).is_ok();
-                        if sent && (signal != Signal::SIGSTOP || stands_still(pid)) {
-                            return anyhow::Ok(pid);
-                        }
+                for (pid, _) in self.processes_with(words)? {
+                    let pid = Pid::from_raw(pid.try_into()?);
+                    // It may be gone, or be at its end: runc asks CRIU for its version first.
+                    let sent = kill(pid, signal).is_ok();
+                    if sent && (signal != Signal::SIGSTOP || stands_still(pid)) {
+                        return anyhow::Ok(pid);
                     }
                 }
                 tokio::time::sleep(AGAIN).await;

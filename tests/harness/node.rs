@@ -280,6 +280,12 @@ impl Node {
 
     /// The host's pids of all processes of the node, with their command lines.
     pub fn processes(&self) -> Result<Vec<(u32, String)>> {
+        self.processes_with(&[])
+    }
+
+    /// Those with all of `words` in their command lines; nothing else is asked of any other process, so that this can
+    /// be repeated fast enough to see one that lives for milliseconds.
+    pub fn processes_with(&self, words: &[&str]) -> Result<Vec<(u32, String)>> {
         let namespace = fs::read_link(format!("/proc/{}/ns/cgroup", self.pid))?;
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc")?.flatten() {
@@ -290,19 +296,17 @@ impl Node {
             else {
                 continue;
             };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            if !words.iter().all(|word| line.contains(word)) {
+                continue;
+            }
             let cgroup = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
             let name = self.dir.file_name().unwrap_or_default().to_string_lossy();
             let ours =
                 fs::read_link(entry.path().join("ns/cgroup")).is_ok_and(|ns| ns == namespace);
             if ours || cgroup.contains(&*name) {
-                let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-                found.push((
-                    pid,
-                    String::from_utf8_lossy(&line)
-                        .replace('\0', " ")
-                        .trim()
-                        .to_owned(),
-                ));
+                found.push((pid, line.trim().to_owned()));
             }
         }
         Ok(found)
