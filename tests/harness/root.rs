@@ -171,7 +171,7 @@ impl Recipe {
     fn make(&self, root: &Path) -> Result<()> {
         ensure!(
             nix::unistd::geteuid().is_root(),
-            "the root {} is missing and only root can make it: run `sudo make deps test`",
+            "the root {} is missing and only root can make it: start the same with `sudo -E env PATH=\"$PATH\" …`",
             root.display()
         );
         let partial = root.with_extension("partial");

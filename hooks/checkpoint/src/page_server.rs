@@ -6,7 +6,7 @@
 //!
 //! The socket is one end of a pair that the dumping process inherits (`ps-socket` in CRIU's configuration
 //! file), not a TCP port: any process of the node could have read the container's memory from a port.
-//! When our end is gone, for whatever reason, CRIU ends the window and the tasks run on.
+//! When our end is gone, for whatever reason, CRIU ends the window and lets the tasks go.
 
 use std::{
     io::{self, Read, Write},

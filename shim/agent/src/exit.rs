@@ -11,7 +11,7 @@ Exit codes:
   1  failed; the reason is on stderr
   2  wrong usage
   3  refused: what was asked for is not allowed or not possible in this state
-  4  not found
+  4  no such container, image or dataset on this node
  75  prefetch: not this time; the same command may succeed later";
 
 /// An error whose kind matters to the caller's script. Everything else exits with 1.

@@ -27,7 +27,7 @@ fn stderr(output: &Output) -> String {
 fn help_of_every_command_shows_examples_and_exit_codes() {
     let top = rekindle(&["--help"]);
     assert_eq!(top.status.code(), Some(0));
-    for code in ["0  done", "3  refused", "4  not found"] {
+    for code in ["0  done", "3  refused", "4  no such"] {
         assert!(stdout(&top).contains(code), "{}", stdout(&top));
     }
     assert!(

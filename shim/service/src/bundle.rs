@@ -1,4 +1,4 @@
-//! A container's bundle: read once, understood once, changed in one place.
+//! A container's bundle: understood and changed in one place.
 
 use std::{
     collections::BTreeMap,

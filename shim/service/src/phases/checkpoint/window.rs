@@ -3,7 +3,7 @@
 //! CRIU stops the tasks, writes everything but their lazy pages, and waits. In that window, and only
 //! in it, memory, the upper layer and `/dev/shm` belong together: the links that CRIU makes for deleted
 //! files are there too, and are gone when the dump ends. When the window is closed, or our end of it is
-//! gone for any reason, the tasks run on.
+//! gone for any reason, CRIU lets the tasks go.
 
 use std::{
     io,
