@@ -4,14 +4,21 @@
 
 use anyhow::{Context, Result, anyhow, ensure};
 use rekindle_harness::container::{Builder, Container};
-use rekindle_harness::{Image, Node, NodeConfig, Runtime, images};
+use rekindle_harness::cri::PodBuilder;
+use rekindle_harness::halting::{self, HaltingStore};
+use rekindle_harness::{Image, Node, NodeConfig, Runtime, images, poll};
 use std::net::TcpListener;
+use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 
 const DATASET: &str = "rekindle.dev/dataset";
+const DATASET_MOUNT: &str = "rekindle.dev/dataset-mount";
 const DATASET_POLICY: &str = "rekindle.dev/dataset-policy";
+const WEIGHTS: &str = "file:///srv/data/weights/";
 const SILENT: &str = "s3://silent/weights/";
 const SILENT_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 9001);
+const HALTING: &str = "s3://halting/weights";
+const HALTING_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 9002);
 /// A cold start has a third of `container`.
 const CONFIG: &str = r#"
 [[datasets.source]]
@@ -24,10 +31,19 @@ namespaces = ["*"]
 endpoint = "http://127.0.0.1:9001"
 anonymous = true
 
+[[datasets.source]]
+allow = "s3://halting/"
+namespaces = ["*"]
+endpoint = "http://127.0.0.1:9002"
+anonymous = true
+
 [deadlines]
 sandbox-data = "2s"
 container = "9s"
 "#;
+
+/// Far more than a sandbox waits here, for a loaded machine.
+const SOON: Duration = Duration::from_secs(20);
 
 struct Stage {
     node: Node,
@@ -100,6 +116,28 @@ impl Stage {
     }
 }
 
+/// Asserts that a pod's sandbox is refused in one sentence with all of `words`, soon; `try_run` sees to it that nothing
+/// stays of it.
+async fn refuses_pod(pod: PodBuilder<'_>, words: &[&str]) -> Result<()> {
+    let since = Instant::now();
+    let refusal = pod
+        .try_run()
+        .await?
+        .err()
+        .context("the sandbox was run without its data")?;
+    let (took, text) = (since.elapsed(), refusal.message());
+    ensure!(
+        !text.trim().contains('\n'),
+        "the refusal is more than a line: {text:?}"
+    );
+    for word in words {
+        ensure!(text.contains(word), "{word:?} is not in: {text}");
+    }
+    // Two seconds, by the node's deadlines; what the stores take to be given up is minutes.
+    ensure!(took < SOON, "the refusal took {took:?}");
+    Ok(())
+}
+
 async fn counts(task: &Container<'_>) -> Result<()> {
     let said = task
         .io()
@@ -135,15 +173,13 @@ async fn a_container_cannot_write_to_its_datasets() -> Result<()> {
           (cd /data && eval "$try") 2>/dev/null && echo "could $try"
         done
         cat /data/file; exec /counter"#;
-    let task = stage
-        .container("writer", "file:///srv/data/weights/")
-        .shell(line);
+    let task = stage.container("writer", WEIGHTS).shell(line);
     let task = task.run().await?;
     counts(&task).await?;
     let said = task.io().out()?.so_far();
     ensure!(said.starts_with("weights\n"), "it is not as it was: {said}");
     task.remove().await?;
-    let next = stage.container("reader", "file:///srv/data/weights/");
+    let next = stage.container("reader", WEIGHTS);
     let next = next
         .shell("ls -A /data; cat /data/file; exec /counter")
         .run()
@@ -216,4 +252,106 @@ mount --bind /run/hanging "$(command -v criu)""#;
         "it was restored"
     );
     warm.remove().await
+}
+
+#[tokio::test]
+async fn a_pod_finds_its_data_at_its_mount() -> Result<()> {
+    let stage = stage().await?;
+    let cri = stage.node.cri().await?;
+    let pod = cri.pod("finds").annotation(DATASET, WEIGHTS);
+    let pod = pod.annotation(DATASET_MOUNT, "/models/weights");
+    let pod = pod.run().await?;
+    // It is there before the first instruction.
+    let line = "cat /models/weights/file; exec /counter";
+    let task = pod.container("main").shell(line).run().await?;
+    task.counts_to(1).await?;
+    let said = task.said("stdout")?;
+    ensure!(said.starts_with("weights\n"), "it is not there: {said}");
+    let options = "grep ' /models/weights ' /proc/mounts | cut -d ' ' -f 4 | cut -d , -f 1";
+    assert_eq!(task.shell(options).await?, "ro");
+    let written = task
+        .exec(&["sh", "-c", "echo more >> /models/weights/file"])
+        .await?;
+    ensure!(
+        written.code != 0 && written.err.contains("Read-only file system"),
+        "{written:?}"
+    );
+    assert_eq!(task.shell("cat /models/weights/file").await?, "weights");
+    pod.remove().await
+}
+
+#[tokio::test]
+async fn a_pod_without_its_data_is_refused_at_its_sandbox() -> Result<()> {
+    let stage = stage().await?;
+    let cri = stage.node.cri().await?;
+    // Nobody answers: it is told how far it came.
+    let words = [
+        SILENT,
+        "the source has not answered the listing",
+        "after 2 s",
+    ];
+    for attempt in ["first", "second"] {
+        let pod = cri.pod(&format!("silent-{attempt}"));
+        refuses_pod(pod.annotation(DATASET, SILENT), &words).await?;
+    }
+    // There is none: it is told so.
+    let absent = "file:///srv/data/absent/";
+    refuses_pod(cri.pod("absent").annotation(DATASET, absent), &[absent]).await
+}
+
+/// Nothing that the node's configuration does not allow, whether it is there or not.
+#[tokio::test]
+async fn a_pod_with_a_source_that_is_not_allowed_is_refused_at_its_sandbox() -> Result<()> {
+    let stage = stage().await?;
+    let cri = stage.node.cri().await?;
+    for (name, uri) in [
+        ("etc", "file:///etc/"),
+        ("above", "file:///srv/"),
+        ("bucket", "s3://others/weights/"),
+    ] {
+        for policy in ["Required", "Opportunistic"] {
+            let pod = cri.pod(&format!("not-allowed-{name}-{}", policy.to_lowercase()));
+            let pod = pod.annotation(DATASET, uri);
+            let words = [uri, "namespace default", "[[datasets.source]]"];
+            refuses_pod(pod.annotation(DATASET_POLICY, policy), &words).await?;
+        }
+    }
+    Ok(())
+}
+
+/// As the kubelet does it: the sandbox is asked for again and again, until the data is there.
+#[tokio::test]
+async fn a_sandbox_that_is_asked_for_again_joins_the_download() -> Result<()> {
+    let stage = stage().await?;
+    let store = HaltingStore::start(&stage.node, HALTING_ADDRESS.into()).await?;
+    let cri = stage.node.cri().await?;
+    let pod = |attempt: u32| {
+        let pod = cri.pod(&format!("joins-{attempt}"));
+        pod.annotation(DATASET, HALTING)
+    };
+    let here = format!("of {} bytes are here", halting::SIZE);
+    let words = [HALTING, &here, "the next attempt joins it"];
+    refuses_pod(pod(1), &words).await?;
+    refuses_pod(pod(2), &words).await?;
+    assert_eq!(
+        store.begun(),
+        1,
+        "the second attempt has a download of its own"
+    );
+    store.go_on();
+    let pod = pod(3).run().await?;
+    let task = pod.container("main").args(&["/counter"]).run().await?;
+    let size = task.shell("wc -c < /data/weights").await?;
+    assert_eq!(size, halting::SIZE.to_string());
+    assert_eq!(store.begun(), 1, "it was fetched again");
+    // Those that were begun for the refused attempts end by themselves.
+    poll::until("the end of the downloads", async || {
+        let left = stage.node.processes()?;
+        Ok(left
+            .iter()
+            .all(|(_, line)| !line.contains(HALTING))
+            .then_some(()))
+    })
+    .await?;
+    pod.remove().await
 }
