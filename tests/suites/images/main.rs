@@ -54,6 +54,9 @@ images! {
             a_new_pod_continues_exactly
             one_container_of_the_pod_is_chosen
             a_live_connection_is_closed
+            a_live_connection_to_the_pods_address_is_closed
+            a_file_deleted_but_open_in_the_pods_shm_is_there
+            two_containers_of_a_pod_start_from_two_images
             a_restored_pod_is_checkpointed_again
         }
         heap {
