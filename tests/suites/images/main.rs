@@ -123,6 +123,7 @@ images! {
             a_killed_pager_ends_the_container
             a_pager_that_dies_during_the_restore_fails_the_start
             a_container_that_ends_while_loading_leaves_nothing
+            a_shim_that_is_killed_while_loading_leaves_nothing
         }
     }
 }
