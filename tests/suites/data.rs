@@ -7,7 +7,9 @@ use rekindle_harness::container::{Builder, Container};
 use rekindle_harness::cri::PodBuilder;
 use rekindle_harness::halting::{self, HaltingStore};
 use rekindle_harness::{Image, Node, NodeConfig, Runtime, images, poll};
+use serde_json::Value;
 use std::net::TcpListener;
+use std::process::Output;
 use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 
@@ -95,6 +97,21 @@ impl Stage {
         }
         self.node.is_rid_of(id).await?;
         task.remove().await
+    }
+
+    /// `rekindle dataset …` on the node.
+    async fn dataset(&self, args: &[&str]) -> Result<Output> {
+        let command = [&["rekindle", "dataset"], args].concat();
+        let mut command = tokio::process::Command::from(self.node.command(&command));
+        Ok(command.kill_on_drop(true).output().await?)
+    }
+
+    /// What `rekindle dataset ls --json` says of a dataset, if it is there.
+    async fn listed(&self, uri: &str) -> Result<Option<Value>> {
+        let output = self.dataset(&["ls", "--json"]).await?;
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let rows: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+        Ok(rows.into_iter().find(|row| row["uri"] == uri))
     }
 
     /// Asserts that a container whose dataset is opportunistic runs, and has nothing mounted in its place.
@@ -354,4 +371,75 @@ async fn a_sandbox_that_is_asked_for_again_joins_the_download() -> Result<()> {
     })
     .await?;
     pod.remove().await
+}
+
+fn ends_with(output: &Output, code: i32, words: &[&str]) -> Result<()> {
+    assert_eq!(output.status.code(), Some(code), "{output:?}");
+    let said = match code {
+        4 | 3 => String::from_utf8_lossy(&output.stderr),
+        _ => String::from_utf8_lossy(&output.stdout),
+    };
+    for word in words {
+        ensure!(said.contains(word), "{word:?} is not in: {said}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dataset_is_listed_verified_and_removed() -> Result<()> {
+    let stage = stage().await?;
+    let shelf = "file:///srv/data/shelf/";
+    let make =
+        "mkdir -p /srv/data/shelf; echo one > /srv/data/shelf/one; echo two > /srv/data/shelf/two";
+    stage.node.run(["sh", "-c", make]).await?;
+    assert_eq!(stage.listed(shelf).await?, None);
+    ends_with(&stage.dataset(&["verify", shelf]).await?, 4, &[shelf])?;
+    ends_with(&stage.dataset(&["rm", shelf]).await?, 4, &[shelf])?;
+
+    let task = stage.container("reads", shelf).run().await?;
+    counts(&task).await?;
+    let row = stage.listed(shelf).await?.context("it is not listed")?;
+    assert_eq!((&row["files"], &row["bytes"]), (&2.into(), &8.into()));
+    let version = row["version"].as_str().context("no version")?;
+    ends_with(
+        &stage.dataset(&["verify", shelf]).await?,
+        0,
+        &[shelf, "sound"],
+    )?;
+    // By its version too, and whole: nothing of it goes while it is mounted.
+    for name in [shelf, &version[..8]] {
+        let output = stage.dataset(&["rm", name]).await?;
+        ends_with(&output, 3, &[shelf, "in use"])?;
+    }
+    assert_eq!(stage.listed(shelf).await?, Some(row.clone()));
+    let read = task
+        .exec("read", &["cat", "/data/one", "/data/two"])
+        .run()
+        .await?;
+    assert_eq!(read.io().out()?.text().await?, "one\ntwo\n");
+    read.wait().await?;
+    read.delete().await?;
+    task.remove().await?;
+
+    let path = row["path"].as_str().context("no path")?;
+    stage
+        .node
+        .run([
+            "sh",
+            "-c",
+            &format!("printf 0 | dd of={path}/one conv=notrunc"),
+        ])
+        .await?;
+    let output = stage.dataset(&["verify", shelf]).await?;
+    ends_with(&output, 1, &["one: ", "expected", "1 files damaged"])?;
+    // The shim lets go of it when the container is gone.
+    poll::until("the dataset to be free", async || {
+        let output = stage.dataset(&["rm", shelf]).await?;
+        Ok((output.status.code() != Some(3)).then_some(output))
+    })
+    .await
+    .and_then(|output| ends_with(&output, 0, &["removed", shelf]))?;
+    assert_eq!(stage.listed(shelf).await?, None);
+    ensure!(!stage.node.path(path).exists(), "its files are there");
+    ends_with(&stage.dataset(&["rm", shelf]).await?, 4, &[shelf])
 }

@@ -3,6 +3,7 @@
 //! Three nodes serve all tests of this program. One restores lazily, one eagerly, and on the third one there is one test
 //! at a time. A container, a pod and an image are called as their test is.
 
+mod command;
 mod damaged;
 mod heap;
 mod interrupted;
@@ -101,6 +102,12 @@ images! {
             a_link_in_place_of_a_file
             a_manifest_of_another_image
             a_pagemap_that_claims_a_billion_pages
+        }
+        command {
+            an_image_is_shown
+            an_image_is_removed
+            a_damaged_image_is_told
+            no_image_is_made_of_a_container_that_is_missing
         }
         unmade {
             of_a_shared_pid_namespace
