@@ -10,6 +10,7 @@ pub mod counter;
 pub mod cri;
 pub mod events;
 pub mod fifo;
+pub mod halting;
 mod http;
 pub mod images;
 pub mod model;

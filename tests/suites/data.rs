@@ -4,14 +4,23 @@
 
 use anyhow::{Context, Result, anyhow, ensure};
 use rekindle_harness::container::{Builder, Container};
-use rekindle_harness::{Image, Node, NodeConfig, Runtime, images};
+use rekindle_harness::cri::PodBuilder;
+use rekindle_harness::halting::{self, HaltingStore};
+use rekindle_harness::{Image, Node, NodeConfig, Runtime, images, poll};
+use serde_json::Value;
 use std::net::TcpListener;
+use std::process::Output;
+use std::time::{Duration, Instant};
 use tokio::sync::OnceCell;
 
 const DATASET: &str = "rekindle.dev/dataset";
+const DATASET_MOUNT: &str = "rekindle.dev/dataset-mount";
 const DATASET_POLICY: &str = "rekindle.dev/dataset-policy";
+const WEIGHTS: &str = "file:///srv/data/weights/";
 const SILENT: &str = "s3://silent/weights/";
 const SILENT_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 9001);
+const HALTING: &str = "s3://halting/weights";
+const HALTING_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 9002);
 /// A cold start has a third of `container`.
 const CONFIG: &str = r#"
 [[datasets.source]]
@@ -24,10 +33,19 @@ namespaces = ["*"]
 endpoint = "http://127.0.0.1:9001"
 anonymous = true
 
+[[datasets.source]]
+allow = "s3://halting/"
+namespaces = ["*"]
+endpoint = "http://127.0.0.1:9002"
+anonymous = true
+
 [deadlines]
 sandbox-data = "2s"
 container = "9s"
 "#;
+
+/// Far more than a sandbox waits here, for a loaded machine.
+const SOON: Duration = Duration::from_secs(20);
 
 struct Stage {
     node: Node,
@@ -81,6 +99,21 @@ impl Stage {
         task.remove().await
     }
 
+    /// `rekindle dataset …` on the node.
+    async fn dataset(&self, args: &[&str]) -> Result<Output> {
+        let command = [&["rekindle", "dataset"], args].concat();
+        let mut command = tokio::process::Command::from(self.node.command(&command));
+        Ok(command.kill_on_drop(true).output().await?)
+    }
+
+    /// What `rekindle dataset ls --json` says of a dataset, if it is there.
+    async fn listed(&self, uri: &str) -> Result<Option<Value>> {
+        let output = self.dataset(&["ls", "--json"]).await?;
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let rows: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+        Ok(rows.into_iter().find(|row| row["uri"] == uri))
+    }
+
     /// Asserts that a container whose dataset is opportunistic runs, and has nothing mounted in its place.
     async fn goes_without(&self, id: &str, dataset: &str) -> Result<()> {
         let container = self.container(id, dataset);
@@ -98,6 +131,28 @@ impl Stage {
         looks.delete().await?;
         task.remove().await
     }
+}
+
+/// Asserts that a pod's sandbox is refused in one sentence with all of `words`, soon; `try_run` sees to it that nothing
+/// stays of it.
+async fn refuses_pod(pod: PodBuilder<'_>, words: &[&str]) -> Result<()> {
+    let since = Instant::now();
+    let refusal = pod
+        .try_run()
+        .await?
+        .err()
+        .context("the sandbox was run without its data")?;
+    let (took, text) = (since.elapsed(), refusal.message());
+    ensure!(
+        !text.trim().contains('\n'),
+        "the refusal is more than a line: {text:?}"
+    );
+    for word in words {
+        ensure!(text.contains(word), "{word:?} is not in: {text}");
+    }
+    // Two seconds, by the node's deadlines; what the stores take to be given up is minutes.
+    ensure!(took < SOON, "the refusal took {took:?}");
+    Ok(())
 }
 
 async fn counts(task: &Container<'_>) -> Result<()> {
@@ -135,15 +190,13 @@ async fn a_container_cannot_write_to_its_datasets() -> Result<()> {
           (cd /data && eval "$try") 2>/dev/null && echo "could $try"
         done
         cat /data/file; exec /counter"#;
-    let task = stage
-        .container("writer", "file:///srv/data/weights/")
-        .shell(line);
+    let task = stage.container("writer", WEIGHTS).shell(line);
     let task = task.run().await?;
     counts(&task).await?;
     let said = task.io().out()?.so_far();
     ensure!(said.starts_with("weights\n"), "it is not as it was: {said}");
     task.remove().await?;
-    let next = stage.container("reader", "file:///srv/data/weights/");
+    let next = stage.container("reader", WEIGHTS);
     let next = next
         .shell("ls -A /data; cat /data/file; exec /counter")
         .run()
@@ -216,4 +269,177 @@ mount --bind /run/hanging "$(command -v criu)""#;
         "it was restored"
     );
     warm.remove().await
+}
+
+#[tokio::test]
+async fn a_pod_finds_its_data_at_its_mount() -> Result<()> {
+    let stage = stage().await?;
+    let cri = stage.node.cri().await?;
+    let pod = cri.pod("finds").annotation(DATASET, WEIGHTS);
+    let pod = pod.annotation(DATASET_MOUNT, "/models/weights");
+    let pod = pod.run().await?;
+    // It is there before the first instruction.
+    let line = "cat /models/weights/file; exec /counter";
+    let task = pod.container("main").shell(line).run().await?;
+    task.counts_to(1).await?;
+    let said = task.said("stdout")?;
+    ensure!(said.starts_with("weights\n"), "it is not there: {said}");
+    let options = "grep ' /models/weights ' /proc/mounts | cut -d ' ' -f 4 | cut -d , -f 1";
+    assert_eq!(task.shell(options).await?, "ro");
+    let written = task
+        .exec(&["sh", "-c", "echo more >> /models/weights/file"])
+        .await?;
+    ensure!(
+        written.code != 0 && written.err.contains("Read-only file system"),
+        "{written:?}"
+    );
+    assert_eq!(task.shell("cat /models/weights/file").await?, "weights");
+    pod.remove().await
+}
+
+#[tokio::test]
+async fn a_pod_without_its_data_is_refused_at_its_sandbox() -> Result<()> {
+    let stage = stage().await?;
+    let cri = stage.node.cri().await?;
+    // Nobody answers: it is told how far it came.
+    let words = [
+        SILENT,
+        "the source has not answered the listing",
+        "after 2 s",
+    ];
+    for attempt in ["first", "second"] {
+        let pod = cri.pod(&format!("silent-{attempt}"));
+        refuses_pod(pod.annotation(DATASET, SILENT), &words).await?;
+    }
+    // There is none: it is told so.
+    let absent = "file:///srv/data/absent/";
+    refuses_pod(cri.pod("absent").annotation(DATASET, absent), &[absent]).await
+}
+
+/// Nothing that the node's configuration does not allow, whether it is there or not.
+#[tokio::test]
+async fn a_pod_with_a_source_that_is_not_allowed_is_refused_at_its_sandbox() -> Result<()> {
+    let stage = stage().await?;
+    let cri = stage.node.cri().await?;
+    for (name, uri) in [
+        ("etc", "file:///etc/"),
+        ("above", "file:///srv/"),
+        ("bucket", "s3://others/weights/"),
+    ] {
+        for policy in ["Required", "Opportunistic"] {
+            let pod = cri.pod(&format!("not-allowed-{name}-{}", policy.to_lowercase()));
+            let pod = pod.annotation(DATASET, uri);
+            let words = [uri, "namespace default", "[[datasets.source]]"];
+            refuses_pod(pod.annotation(DATASET_POLICY, policy), &words).await?;
+        }
+    }
+    Ok(())
+}
+
+/// As the kubelet does it: the sandbox is asked for again and again, until the data is there.
+#[tokio::test]
+async fn a_sandbox_that_is_asked_for_again_joins_the_download() -> Result<()> {
+    let stage = stage().await?;
+    let store = HaltingStore::start(&stage.node, HALTING_ADDRESS.into()).await?;
+    let cri = stage.node.cri().await?;
+    let pod = |attempt: u32| {
+        let pod = cri.pod(&format!("joins-{attempt}"));
+        pod.annotation(DATASET, HALTING)
+    };
+    let here = format!("of {} bytes are here", halting::SIZE);
+    let words = [HALTING, &here, "the next attempt joins it"];
+    refuses_pod(pod(1), &words).await?;
+    refuses_pod(pod(2), &words).await?;
+    assert_eq!(
+        store.begun(),
+        1,
+        "the second attempt has a download of its own"
+    );
+    store.go_on();
+    let pod = pod(3).run().await?;
+    let task = pod.container("main").args(&["/counter"]).run().await?;
+    let size = task.shell("wc -c < /data/weights").await?;
+    assert_eq!(size, halting::SIZE.to_string());
+    assert_eq!(store.begun(), 1, "it was fetched again");
+    // Those that were begun for the refused attempts end by themselves.
+    poll::until("the end of the downloads", async || {
+        let left = stage.node.processes()?;
+        Ok(left
+            .iter()
+            .all(|(_, line)| !line.contains(HALTING))
+            .then_some(()))
+    })
+    .await?;
+    pod.remove().await
+}
+
+fn ends_with(output: &Output, code: i32, words: &[&str]) -> Result<()> {
+    assert_eq!(output.status.code(), Some(code), "{output:?}");
+    let said = match code {
+        4 | 3 => String::from_utf8_lossy(&output.stderr),
+        _ => String::from_utf8_lossy(&output.stdout),
+    };
+    for word in words {
+        ensure!(said.contains(word), "{word:?} is not in: {said}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dataset_is_listed_verified_and_removed() -> Result<()> {
+    let stage = stage().await?;
+    let shelf = "file:///srv/data/shelf/";
+    let make =
+        "mkdir -p /srv/data/shelf; echo one > /srv/data/shelf/one; echo two > /srv/data/shelf/two";
+    stage.node.run(["sh", "-c", make]).await?;
+    assert_eq!(stage.listed(shelf).await?, None);
+    ends_with(&stage.dataset(&["verify", shelf]).await?, 4, &[shelf])?;
+    ends_with(&stage.dataset(&["rm", shelf]).await?, 4, &[shelf])?;
+
+    let task = stage.container("reads", shelf).run().await?;
+    counts(&task).await?;
+    let row = stage.listed(shelf).await?.context("it is not listed")?;
+    assert_eq!((&row["files"], &row["bytes"]), (&2.into(), &8.into()));
+    let version = row["version"].as_str().context("no version")?;
+    ends_with(
+        &stage.dataset(&["verify", shelf]).await?,
+        0,
+        &[shelf, "sound"],
+    )?;
+    // By its version too, and whole: nothing of it goes while it is mounted.
+    for name in [shelf, &version[..8]] {
+        let output = stage.dataset(&["rm", name]).await?;
+        ends_with(&output, 3, &[shelf, "in use"])?;
+    }
+    assert_eq!(stage.listed(shelf).await?, Some(row.clone()));
+    let read = task
+        .exec("read", &["cat", "/data/one", "/data/two"])
+        .run()
+        .await?;
+    assert_eq!(read.io().out()?.text().await?, "one\ntwo\n");
+    read.wait().await?;
+    read.delete().await?;
+    task.remove().await?;
+
+    let path = row["path"].as_str().context("no path")?;
+    stage
+        .node
+        .run([
+            "sh",
+            "-c",
+            &format!("printf 0 | dd of={path}/one conv=notrunc"),
+        ])
+        .await?;
+    let output = stage.dataset(&["verify", shelf]).await?;
+    ends_with(&output, 1, &["one: ", "expected", "1 files damaged"])?;
+    // The shim lets go of it when the container is gone.
+    poll::until("the dataset to be free", async || {
+        let output = stage.dataset(&["rm", shelf]).await?;
+        Ok((output.status.code() != Some(3)).then_some(output))
+    })
+    .await
+    .and_then(|output| ends_with(&output, 0, &["removed", shelf]))?;
+    assert_eq!(stage.listed(shelf).await?, None);
+    ensure!(!stage.node.path(path).exists(), "its files are there");
+    ends_with(&stage.dataset(&["rm", shelf]).await?, 4, &[shelf])
 }

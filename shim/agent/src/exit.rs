@@ -41,11 +41,8 @@ fn of(error: &(dyn Error + 'static)) -> Option<u8> {
     }
     match error.downcast_ref::<ImageError>()? {
         ImageError::Unknown(_) => Some(4),
-        ImageError::InUse(_)
-        | ImageError::Damaged { .. }
-        | ImageError::Manifest { .. }
-        | ImageError::Criu { .. }
-        | ImageError::Misplaced { .. } => Some(3),
+        ImageError::InUse(_) => Some(3),
+        // A damaged one too, as `image verify` has it.
         _ => None,
     }
 }

@@ -255,6 +255,14 @@ impl<'p, 'n> ContainerBuilder<'p, 'n> {
         ContainerBuilder { pod, config }
     }
 
+    /// One more annotation, of this container alone.
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.config
+            .annotations
+            .insert(key.to_owned(), value.to_owned());
+        self
+    }
+
     /// What it runs.
     pub fn args(mut self, args: &[&str]) -> Self {
         self.config.command = args.iter().map(|&arg| arg.to_owned()).collect();

@@ -2,6 +2,7 @@
 
 use crate::stage::{RESTORE_FROM, Stage, counts_to};
 use anyhow::{Context, Result, bail, ensure};
+use containerd_client::tonic::Code;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rekindle_harness::container::{Builder, State};
@@ -228,13 +229,42 @@ pub(crate) async fn a_container_that_ends_while_loading_leaves_nothing(
     assert_eq!(warm.wait().await?.status, 137);
     warm.remove().await?;
     stage.node.is_rid_of("cut-short-2").await?;
+    is_gone(stage, pager).await
+}
+
+/// Also what still waits for its memory, whose pager is no process of the container.
+pub(crate) async fn a_shim_that_is_killed_while_loading_leaves_nothing(
+    stage: &Stage,
+) -> Result<()> {
+    image(stage, "headless").await?;
+    let (warm, pager) = loading(stage, "headless-2", "headless").await?;
+    let (shim, _) = stage.node.shim_of("headless-2")?;
+    kill(Pid::from_raw(shim.try_into()?), Signal::SIGKILL)?;
+    let rid = stage.node.is_rid_of("headless-2").await;
+    let gone = is_gone(stage, pager).await;
+    if gone.is_err() {
+        // The next test would take it for its own.
+        kill(pager, Signal::SIGKILL)?;
+    }
+    rid.and(gone)?;
+    let state = warm.state().await;
+    ensure!(
+        state.as_ref().is_err_and(|e| e.code() == Code::NotFound),
+        "it has a task: {state:?}"
+    );
+    // Nobody holds the image any more.
+    stage
+        .node
+        .run(["rekindle", "image", "rm", "headless"])
+        .await?;
+    warm.remove().await
+}
+
+async fn is_gone(stage: &Stage, pager: Pid) -> Result<()> {
     poll::until("the pager's end", async || {
-        Ok(stage
-            .node
-            .processes()?
-            .iter()
-            .all(|(pid, _)| i64::from(*pid) != i64::from(pager.as_raw()))
-            .then_some(()))
+        let left = stage.node.processes()?;
+        let pager = u32::try_from(pager.as_raw())?;
+        Ok(left.iter().all(|(pid, _)| *pid != pager).then_some(()))
     })
     .await
 }

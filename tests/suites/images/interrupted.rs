@@ -1,5 +1,6 @@
 //! Killed at the worst time.
 
+use crate::command::generations;
 use crate::heap::heap;
 use crate::stage::{RESTORE_FROM, Stage, counts_to};
 use anyhow::{Context, Result, ensure};
@@ -67,20 +68,29 @@ pub(crate) async fn the_command_is_killed_during_a_checkpoint(stage: &Stage) -> 
     // It goes on as before; what was begun is either whole or nowhere.
     counts_to(task.io().out()?, before.n + 20).await?;
     assert_eq!(task.state().await?, State::Running);
-    let made = stage
-        .checkpoint("command-dies", "command-lives", &[])
-        .await?;
-    assert_eq!(made["generation"], 1);
     poll::until("the partial image to go", async || {
         Ok(partial(stage).await?.is_empty().then_some(()))
     })
     .await?;
-    let verified = stage.rekindle(&["image", "verify"]).await?;
-    ensure!(
-        verified.status.success()
-            || !String::from_utf8_lossy(&verified.stdout).contains("command-"),
-        "{verified:?}"
-    );
+    let whole = generations(stage, "command-dies").await?;
+    ensure!(whole.is_empty() || whole == [1], "{whole:?}");
+    // The next one of that name is the next in number, and nothing that was begun is in its way.
+    let made = stage
+        .checkpoint("command-dies", "command-dies", &[])
+        .await?;
+    let all: Vec<u64> = (1..=whole.len() as u64 + 1).collect();
+    assert_eq!(made["generation"].as_u64().as_ref(), all.last());
+    assert_eq!(generations(stage, "command-dies").await?, all);
+    let at = counts_to(task.io().out()?, before.n).await?;
+    for generation in all {
+        let image = format!("command-dies@{generation}");
+        let verified = stage.rekindle(&["image", "verify", &image]).await?;
+        ensure!(verified.status.success(), "{verified:?}");
+        let warm = stage.warm(&format!("command-dies-{generation}"), &image);
+        let warm = warm.run().await?;
+        crate::stage::continues(&warm, &before, at.n).await?;
+        warm.remove().await?;
+    }
     task.remove().await
 }
 

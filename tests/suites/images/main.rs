@@ -3,6 +3,7 @@
 //! Three nodes serve all tests of this program. One restores lazily, one eagerly, and on the third one there is one test
 //! at a time. A container, a pod and an image are called as their test is.
 
+mod command;
 mod damaged;
 mod heap;
 mod interrupted;
@@ -54,6 +55,9 @@ images! {
             a_new_pod_continues_exactly
             one_container_of_the_pod_is_chosen
             a_live_connection_is_closed
+            a_live_connection_to_the_pods_address_is_closed
+            a_file_deleted_but_open_in_the_pods_shm_is_there
+            two_containers_of_a_pod_start_from_two_images
             a_restored_pod_is_checkpointed_again
         }
         heap {
@@ -99,6 +103,12 @@ images! {
             a_manifest_of_another_image
             a_pagemap_that_claims_a_billion_pages
         }
+        command {
+            an_image_is_shown
+            an_image_is_removed
+            a_damaged_image_is_told
+            no_image_is_made_of_a_container_that_is_missing
+        }
         unmade {
             of_a_shared_pid_namespace
             of_a_user_namespace
@@ -124,6 +134,7 @@ images! {
             a_killed_pager_ends_the_container
             a_pager_that_dies_during_the_restore_fails_the_start
             a_container_that_ends_while_loading_leaves_nothing
+            a_shim_that_is_killed_while_loading_leaves_nothing
         }
     }
 }

@@ -110,42 +110,132 @@ pub(crate) async fn one_container_of_the_pod_is_chosen(stage: &Stage) -> Result<
     new.remove().await
 }
 
-pub(crate) async fn a_live_connection_is_closed(stage: &Stage) -> Result<()> {
+/// As PyTorch's semaphores are, in the /dev/shm that the sandbox lends.
+pub(crate) async fn a_file_deleted_but_open_in_the_pods_shm_is_there(stage: &Stage) -> Result<()> {
     let cri = stage.node.cri().await?;
-    let old = cri.pod("connected").run().await?;
+    let old = cri.pod("unlinked-old").run().await?;
+    let line = "exec 3<>/dev/shm/sem; echo sem >&3; rm /dev/shm/sem; exec /counter";
+    let task = old.container("main").shell(line).run().await?;
+    let before = task.counts_to(3).await?;
+    stage
+        .checkpoint("unlinked-old/main", "pod-unlinked", &[])
+        .await?;
+    let at = task.counts_to(before.n).await?;
+    let new = cri.pod("unlinked-new");
+    let new = new.annotation(RESTORE_FROM, "pod-unlinked").run().await?;
+    let warm = new.container("main").shell(line).run().await?;
+    continues(&warm, &before, at.n).await?;
+    // Under no name, before the dump and after it.
+    let read = "cat /proc/1/fd/3; readlink /proc/1/fd/3; ls -A /dev/shm";
+    for task in [&task, &warm] {
+        let found = task.shell(read).await?;
+        let lines: Vec<&str> = found.lines().collect();
+        ensure!(
+            matches!(lines[..], ["sem", path] if path.ends_with(" (deleted)")),
+            "{found}"
+        );
+    }
+    // Two files: what is written to one is not in the other.
+    warm.shell("echo more >> /proc/1/fd/3").await?;
+    assert_eq!(warm.shell("cat /proc/1/fd/3").await?, "sem\nmore");
+    assert_eq!(task.shell("cat /proc/1/fd/3").await?, "sem");
+    old.remove().await?;
+    new.remove().await
+}
+
+/// The pod's annotation can name one image only; a container's own annotation, which CRI has, names another.
+pub(crate) async fn two_containers_of_a_pod_start_from_two_images(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod("both-old").run().await?;
+    let line = |name: &str| {
+        format!("echo {name} > /root/note; echo {name} > /dev/shm/{name}; exec /counter")
+    };
+    let one = old.container("one").shell(&line("one")).run().await?;
+    let two = old.container("two").shell(&line("two")).run().await?;
+    let (one_before, two_before) = (one.counts_to(5).await?, two.counts_to(5).await?);
+    assert_ne!(one_before.nonce, two_before.nonce);
+    stage.checkpoint("both-old/one", "both-one", &[]).await?;
+    stage.checkpoint("both-old/two", "both-two", &[]).await?;
+    let (one_at, two_at) = (one.counts_to(1).await?, two.counts_to(1).await?);
+    old.remove().await?;
+
+    let new = cri.pod("both-new").run().await?;
+    let warm = |name: &str| {
+        let container = new.container(name).shell(&line(name));
+        container.annotation(RESTORE_FROM, &format!("both-{name}"))
+    };
+    let (one, two) = tokio::try_join!(warm("one").run(), warm("two").run())?;
+    continues(&one, &one_before, one_at.n).await?;
+    continues(&two, &two_before, two_at.n).await?;
+    assert_eq!(one.shell("cat /root/note").await?, "one");
+    assert_eq!(two.shell("cat /root/note").await?, "two");
+    for task in [&one, &two] {
+        let shared = task
+            .shell("cat /dev/shm/one /dev/shm/two; hostname")
+            .await?;
+        assert_eq!(shared, "one\ntwo\nboth-new");
+    }
+    // The end of one is no other's.
+    one.stop(0).await?;
+    let now = two.counts_to(two_at.n + 3).await?;
+    two.counts_to(now.n + 3).await?;
+    new.remove().await
+}
+
+pub(crate) async fn a_live_connection_is_closed(stage: &Stage) -> Result<()> {
+    a_connection_is_closed(stage, "connected", "127.0.0.1").await
+}
+
+/// Which is the old pod's: in the new one there is no such address.
+pub(crate) async fn a_live_connection_to_the_pods_address_is_closed(stage: &Stage) -> Result<()> {
+    a_connection_is_closed(stage, "reached", "$(hostname -i)").await
+}
+
+async fn a_connection_is_closed(stage: &Stage, name: &str, address: &str) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let old = cri.pod(name).run().await?;
     // Both ends stay silent and open: each reads what nobody writes.
     let server = "echo ready; tail -f /dev/null | nc -l -p 7000";
-    let client = "tail -f /dev/null | { nc 127.0.0.1 7000; echo closed; } & exec /counter";
+    let client =
+        format!("tail -f /dev/null | {{ nc {address} 7000; echo closed; }} & exec /counter");
     let peer = old.container("peer").shell(server).run().await?;
     peer.says("the server", |text| text == "ready\n").await?;
     let listening = "until netstat -ltn | grep -q :7000; do sleep 0.05; done";
     peer.shell(listening).await?;
-    let task = old.container("main").shell(client).run().await?;
+    let task = old.container("main").shell(&client).run().await?;
     let before = task.counts_to(5).await?;
-    let established = "netstat -tn | grep -c '127.0.0.1:7000 *ESTABLISHED' || true";
-    assert_eq!(task.shell(established).await?, "1");
-    if !stage.dumps_tcp_of("connected/main").await? {
+    let established = format!("netstat -tn | grep -c \" {address}:7000 *ESTABLISHED\" || true");
+    assert_eq!(task.shell(&established).await?, "1");
+    let main = format!("{name}/main");
+    if !stage.dumps_tcp_of(&main).await? {
         task.counts_to(before.n + 3).await?;
         return old.remove().await;
     }
-    stage.checkpoint("connected/main", "connected", &[]).await?;
+    stage.checkpoint(&main, name, &[]).await?;
     // The running one has kept its connection, and nothing is closed behind its back.
     let at = task.counts_to(before.n).await?;
     task.counts_to(at.n + 3).await?;
-    assert_eq!(task.shell(established).await?, "1");
+    assert_eq!(task.shell(&established).await?, "1");
     assert!(!task.said("stdout")?.contains("closed"));
 
-    let pod = cri
-        .pod("connected-new")
-        .annotation(RESTORE_FROM, "connected");
-    let new = pod.run().await?;
-    let warm = new.container("main").shell(client).run().await?;
+    let pod = cri.pod(&format!("{name}-new"));
+    let new = pod.annotation(RESTORE_FROM, name).run().await?;
+    assert_ne!(new.address(), old.address());
+    let warm = new.container("main").shell(&client).run().await?;
     continues(&warm, &before, at.n).await?;
     warm.says("the end of the connection", |text| {
         text.contains("closed\n")
     })
     .await?;
-    assert_eq!(warm.shell(established).await?, "0");
+    assert_eq!(
+        warm.shell("netstat -tn | grep -c :7000 || true").await?,
+        "0"
+    );
+    let ended = warm.counts_to(at.n).await?;
+    warm.counts_to(ended.n + 3).await?;
+    // The old one's is still there, now that the other has ended its copy.
+    assert_eq!(task.shell(&established).await?, "1");
+    assert!(!task.said("stdout")?.contains("closed"));
     old.remove().await?;
     new.remove().await
 }

@@ -3,10 +3,10 @@
 use crate::{Stage, code, process::is_gone};
 use anyhow::{Context, Result, ensure};
 use containerd_client::tonic::Code;
-use rekindle_harness::Container;
 use rekindle_harness::container::State;
 use rekindle_harness::fifo::Reader;
 use rekindle_harness::options::CheckpointOptions;
+use rekindle_harness::{Container, Runtime};
 
 fn to(folder: &str, exit: bool) -> CheckpointOptions {
     CheckpointOptions {
@@ -222,14 +222,31 @@ pub(crate) async fn a_broken_image_fails_the_start_and_leaves_nothing(stage: &St
         .restore_from("/tmp/no-image")
         .try_create()
         .await?;
-    if created.is_ok() {
-        let refusal = task
-            .start()
-            .await
-            .err()
-            .context("a task was restored from an empty folder")?;
-        ensure!(!refusal.message().is_empty(), "the refusal has no words");
-        task.delete().await?;
+    let refusal = match created {
+        Err(refusal) => refusal,
+        Ok(_) => {
+            let started = task.start().await;
+            task.delete().await?;
+            started
+                .err()
+                .context("a task was restored from an empty folder")?
+        }
+    };
+    let text = refusal.message();
+    ensure!(
+        !text.trim().contains('\n'),
+        "the refusal is more than a line: {text:?}"
+    );
+    let mut words = vec!["restore", "failed", "/tmp/no-image/"];
+    // The shim that containerd ships does not say whose it was.
+    if stage.node.runtime() == Runtime::Rekindle {
+        words.push("container no-image");
+    }
+    for word in words {
+        ensure!(
+            text.contains(word),
+            "{word:?} is not in the refusal: {text}"
+        );
     }
     is_gone(stage, "no-image").await?;
     task.remove().await
