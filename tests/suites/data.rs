@@ -2,7 +2,9 @@
 //!
 //! The node's deadlines are short, and one of its stores takes connections and never answers.
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rekindle_harness::container::{Builder, Container};
 use rekindle_harness::cri::PodBuilder;
 use rekindle_harness::halting::{self, HaltingStore};
@@ -21,6 +23,8 @@ const SILENT: &str = "s3://silent/weights/";
 const SILENT_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 9001);
 const HALTING: &str = "s3://halting/weights";
 const HALTING_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 9002);
+const ORPHANED: &str = "s3://orphaned/weights";
+const ORPHANED_ADDRESS: ([u8; 4], u16) = ([127, 0, 0, 1], 9003);
 /// A cold start has a third of `container`.
 const CONFIG: &str = r#"
 [[datasets.source]]
@@ -37,6 +41,12 @@ anonymous = true
 allow = "s3://halting/"
 namespaces = ["*"]
 endpoint = "http://127.0.0.1:9002"
+anonymous = true
+
+[[datasets.source]]
+allow = "s3://orphaned/"
+namespaces = ["*"]
+endpoint = "http://127.0.0.1:9003"
 anonymous = true
 
 [deadlines]
@@ -370,6 +380,37 @@ async fn a_sandbox_that_is_asked_for_again_joins_the_download() -> Result<()> {
             .then_some(()))
     })
     .await?;
+    pod.remove().await
+}
+
+/// The process that a pod's shim has started, and that outlives the pod.
+#[tokio::test]
+async fn a_download_that_is_killed_is_taken_over() -> Result<()> {
+    let stage = stage().await?;
+    let store = HaltingStore::start(&stage.node, ORPHANED_ADDRESS.into()).await?;
+    let cri = stage.node.cri().await?;
+    let pod = |name: &str| cri.pod(name).annotation(DATASET, ORPHANED);
+    refuses_pod(pod("taken-over-1"), &[ORPHANED]).await?;
+    let downloads = || stage.node.processes_with(&["rekindle prefetch", ORPHANED]);
+    let first = downloads()?;
+    let [(first, _)] = first.as_slice() else {
+        bail!("there should be one download: {first:?}");
+    };
+    let strike = async {
+        poll::until("the second pod's download", async || {
+            Ok((downloads()?.len() == 2).then_some(()))
+        })
+        .await?;
+        kill(Pid::from_raw((*first).try_into()?), Signal::SIGKILL)?;
+        store.go_on();
+        Ok::<_, anyhow::Error>(())
+    };
+    let (pod, struck) = tokio::join!(pod("taken-over-2").run(), strike);
+    struck?;
+    let pod = pod?;
+    let task = pod.container("main").args(&["/counter"]).run().await?;
+    let size = task.shell("wc -c < /data/weights").await?;
+    assert_eq!(size, halting::SIZE.to_string());
     pod.remove().await
 }
 
