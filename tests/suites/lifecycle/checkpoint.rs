@@ -99,6 +99,45 @@ pub(crate) async fn leave_running_goes_on_and_the_image_continues(stage: &Stage)
     task.remove().await
 }
 
+/// What CRIU refuses without the options that allow it: a terminal, and a lock on a file.
+pub(crate) async fn a_task_with_a_terminal_and_a_lock_continues(stage: &Stage) -> Result<()> {
+    let line = "exec 9< /counter; flock 9; echo ready; while read line; do echo got $line; done";
+    let with = |id| stage.container(id).terminal().stdin().shell(line);
+    let says = async |task: &Container<'_>, typed: &str| {
+        task.io().writer()?.write(&format!("{typed}\n"))?;
+        let answer = format!("got {typed}\r\n");
+        let out = task.io().out()?;
+        out.until("the answer", |text| text.contains(&answer))
+            .await
+            .map(drop)
+    };
+    let task = with("dump-terminal").run().await?;
+    let out = task.io().out()?;
+    out.until("the shell", |text| text.contains("ready\r\n"))
+        .await?;
+    says(&task, "before").await?;
+    let options = CheckpointOptions {
+        terminal: true,
+        file_locks: true,
+        work_path: "/tmp/dump-terminal-work".to_owned(),
+        ..to("/tmp/dump-terminal", true)
+    };
+    task.checkpoint(&options).await?;
+    assert_eq!(task.wait().await?.status, 137);
+    task.reaches(State::Stopped).await?;
+    // The folder is the caller's, with CRIU's log in it.
+    stage
+        .node
+        .run(["test", "-e", "/tmp/dump-terminal-work/dump.log"])
+        .await?;
+    task.delete().await?;
+    let restored = with("dump-terminal-2");
+    let restored = restored.restore_from("/tmp/dump-terminal").run().await?;
+    says(&restored, "after").await?;
+    restored.remove().await?;
+    task.remove().await
+}
+
 pub(crate) async fn exit_ends_the_task_and_the_image_continues(stage: &Stage) -> Result<()> {
     let task = stage
         .container("dump-exit")

@@ -147,6 +147,7 @@ both! {
     checkpoint {
         leave_running_goes_on_and_the_image_continues
         exit_ends_the_task_and_the_image_continues
+        a_task_with_a_terminal_and_a_lock_continues
         an_image_in_the_content_store_continues
         a_paused_task_stays_paused_over_a_checkpoint
         a_restored_task_can_be_checkpointed_again
