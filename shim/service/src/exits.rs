@@ -51,6 +51,13 @@ struct Table {
 #[derive(Debug)]
 pub(crate) struct ExitOf(oneshot::Receiver<Exit>);
 
+impl ExitOf {
+    /// Whether the process has been reaped, heard of here or not.
+    fn has_come(&self) -> bool {
+        self.0.is_terminated() || !self.0.is_empty()
+    }
+}
+
 impl Future for ExitOf {
     type Output = Exit;
 
@@ -104,10 +111,11 @@ impl Exits {
     }
 
     /// Kills a process that was started here, unless it has been reaped: its number may be another's then.
-    pub(crate) fn kill(&self, pid: i32) {
-        let table = self.table();
-        if table.claims.contains_key(&pid) {
-            let _ = sys::kill(pid, libc::SIGKILL);
+    pub(crate) fn kill(&self, child: &Child) {
+        // Exits are told with the table locked.
+        let _table = self.table();
+        if !child.exit.has_come() {
+            let _ = sys::kill(child.pid, libc::SIGKILL);
         }
     }
 

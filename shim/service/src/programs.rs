@@ -6,23 +6,17 @@ use std::{
     time::Duration,
 };
 
-use crate::exits::Exits;
+use crate::exits::{Child, Exits};
 
 /// Most that is read of an answer.
 const MAX_ANSWER: u64 = 1 << 20;
 
 /// Kills a program whose answer is not waited for any more.
-struct Asked<'a> {
-    exits: &'a Exits,
-    pid: i32,
-    ended: bool,
-}
+struct Asked<'a>(&'a Exits, Child);
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        if !self.ended {
-            self.exits.kill(self.pid);
-        }
+        self.0.kill(&self.1);
     }
 }
 
@@ -47,14 +41,9 @@ pub(crate) async fn capture(
             .read_to_end(&mut bytes)
             .map(|_| String::from_utf8_lossy(&bytes).into_owned())
     });
-    let mut asked = Asked {
-        exits,
-        pid: child.pid,
-        ended: false,
-    };
+    let mut asked = Asked(exits, child);
     let answer = async {
-        let exit = child.exit.await;
-        asked.ended = true;
+        let exit = (&mut asked.1.exit).await;
         // A child of the program may still hold its stdout: no longer than the deadline is that waited for.
         let text = output.await.map_err(io::Error::other)??;
         Ok((exit.status, text))

@@ -55,9 +55,7 @@ pub(crate) async fn run(
     if held {
         if let Err(error) = step(id, "hold", hold::hold(fixed, pid)).await {
             // It may be frozen, or half of it.
-            if let Err(error) = fixed.runc.resume().await {
-                tracing::error!(id, %error, "thawing after a failed checkpoint");
-            }
+            thaw(fixed).await;
             return Err(error);
         }
     } else {
@@ -68,8 +66,8 @@ pub(crate) async fn run(
         None => plainly(fixed, request, &facts, &work, release).await,
     };
     if let Err(error) = made {
-        if held && let Err(error) = fixed.runc.resume().await {
-            tracing::error!(id, %error, "thawing after a failed checkpoint");
+        if held {
+            thaw(fixed).await;
         }
         return Err(failed(fixed, &work, error).await);
     }
@@ -282,6 +280,13 @@ async fn plainly(
         reason: sentence(&e),
     };
     Ok(plain::write(&request.image, facts).map_err(cannot)?)
+}
+
+/// Lets a container go on whose checkpoint failed.
+async fn thaw(fixed: &Fixed) {
+    if let Err(error) = fixed.runc.resume().await {
+        tracing::error!(id = fixed.id, %error, "thawing after a failed checkpoint");
+    }
 }
 
 /// Ends a container whose image is complete and whose tasks are frozen.

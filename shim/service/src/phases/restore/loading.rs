@@ -17,7 +17,7 @@ use crate::{
     context::Fixed,
     data,
     error::{Error, sentence},
-    exits::{Exit, ExitOf, Exits},
+    exits::{Child, Exit, Exits},
     sys,
 };
 
@@ -30,8 +30,7 @@ const PAGER_PID: &str = "pager.pid";
 pub(crate) struct Loading {
     pager: Pager,
     exits: Exits,
-    pid: i32,
-    exit: ExitOf,
+    process: Child,
     /// Of the process, once it is known.
     ended: Option<Exit>,
 }
@@ -64,8 +63,7 @@ pub(super) fn start(
             Ok(Loading {
                 pager,
                 exits: fixed.runc.exits.clone(),
-                pid: process.pid,
-                exit: process.exit,
+                process,
                 ended: None,
             })
         }
@@ -112,9 +110,7 @@ impl Loading {
 
     /// Gives up on a container whose tasks are gone.
     pub(super) async fn abandon(mut self) {
-        if self.ended.is_none() {
-            self.exits.kill(self.pid);
-        }
+        self.exits.kill(&self.process);
         self.process_ended().await;
         let _ = self.pager.abandon(|| Ok::<(), ()>(()));
     }
@@ -122,7 +118,7 @@ impl Loading {
     async fn process_ended(&mut self) -> Exit {
         match self.ended {
             Some(exit) => exit,
-            None => *self.ended.insert((&mut self.exit).await),
+            None => *self.ended.insert((&mut self.process.exit).await),
         }
     }
 }
