@@ -263,16 +263,13 @@ chmod +x /run/hanging
 mount --bind /run/hanging "$(command -v criu)""#;
     stage.node.run(["sh", "-c", hanging]).await?;
     let warm = warm.run().await;
-    let left = stage.node.processes()?;
+    let left = stage.node.processes_with(&["sleep 1000"])?;
     stage
         .node
         .run(["sh", "-c", r#"umount "$(command -v criu)""#])
         .await?;
     let warm = warm?;
-    ensure!(
-        !left.iter().any(|(_, line)| line.contains("sleep 1000")),
-        "what was given up is left: {left:?}"
-    );
+    ensure!(left.is_empty(), "what was given up is left: {left:?}");
     counts(&warm).await?;
     ensure!(
         warm.io().out()?.so_far().contains(" 1\n"),
@@ -373,11 +370,8 @@ async fn a_sandbox_that_is_asked_for_again_joins_the_download() -> Result<()> {
     assert_eq!(store.begun(), 1, "it was fetched again");
     // Those that were begun for the refused attempts end by themselves.
     poll::until("the end of the downloads", async || {
-        let left = stage.node.processes()?;
-        Ok(left
-            .iter()
-            .all(|(_, line)| !line.contains(HALTING))
-            .then_some(()))
+        let left = stage.node.processes_with(&[HALTING])?;
+        Ok(left.is_empty().then_some(()))
     })
     .await?;
     pod.remove().await

@@ -114,8 +114,8 @@ pub(crate) async fn forked_processes_keep_theirs(stage: &Stage) -> Result<()> {
 /// Waits for a pager that has read this many bytes.
 async fn pager(stage: &Stage, bytes: u64) -> Result<Pid> {
     loop {
-        for (pid, line) in stage.node.processes()? {
-            if line.contains("rekindle pager --images") && has_read(pid) >= bytes {
+        for (pid, _) in stage.node.processes_with(&["rekindle pager --images"])? {
+            if has_read(pid) >= bytes {
                 return Ok(Pid::from_raw(pid.try_into()?));
             }
         }

@@ -4,7 +4,7 @@ use crate::damaged::Copy;
 use crate::stage::{POLICY, RESTORE_FROM, Stage, counts_to, one_sentence, shell};
 use anyhow::{Context, Result, ensure};
 use rekindle_harness::container::Builder;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// An image called `name` of a counter that ran in `source`, which is gone.
 async fn image_of(stage: &Stage, source: Builder<'_>, id: &str) -> Result<()> {
@@ -69,14 +69,16 @@ pub(crate) async fn another_architectures_image(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn a_more_privileged_image(stage: &Stage) -> Result<()> {
-    let mighty = stage.container("mighty").change_spec(|spec| {
-        for set in ["bounding", "effective", "permitted"] {
-            if let Some(set) = spec["process"]["capabilities"][set].as_array_mut() {
-                set.push("CAP_SYS_ADMIN".into());
-            }
+fn make_mighty(spec: &mut Value) {
+    for set in ["bounding", "effective", "permitted"] {
+        if let Some(set) = spec["process"]["capabilities"][set].as_array_mut() {
+            set.push("CAP_SYS_ADMIN".into());
         }
-    });
+    }
+}
+
+pub(crate) async fn a_more_privileged_image(stage: &Stage) -> Result<()> {
+    let mighty = stage.container("mighty").change_spec(make_mighty);
     image_of(stage, mighty, "mighty").await?;
     stage
         .refuses("humble", stage.warm("humble", "mighty"), &["CAP_SYS_ADMIN"])
@@ -120,11 +122,7 @@ pub(crate) async fn another_user(stage: &Stage) -> Result<()> {
 /// As above: more capabilities, and privileges that can be gained.
 pub(crate) async fn a_manifest_that_lies(stage: &Stage) -> Result<()> {
     let mighty = stage.container("lies").change_spec(|spec| {
-        for set in ["bounding", "effective", "permitted"] {
-            if let Some(set) = spec["process"]["capabilities"][set].as_array_mut() {
-                set.push("CAP_SYS_ADMIN".into());
-            }
-        }
+        make_mighty(spec);
         spec["process"]["noNewPrivileges"] = false.into();
     });
     image_of(stage, mighty, "lies").await?;

@@ -133,15 +133,16 @@ impl Stage {
         let args = [&["checkpoint", container, "--name", name, "--json"], more].concat();
         let output = self.rekindle(&args).await?;
         if !output.status.success() {
-            let log = format!(
-                "tail -n 25 /run/containerd/io.containerd.runtime.v2.task/default/{container}/criu-dump.log"
-            );
-            let log = self.node.run(["sh", "-c", &log]).await;
+            let said = String::from_utf8_lossy(&output.stderr);
+            let named = said.split_once("(CRIU's log: ");
+            let log = match named.and_then(|(_, rest)| rest.split_once(')')) {
+                Some((path, _)) => self.node.run(["tail", "-n", "25", path]).await?,
+                None => "(it names no log)".to_owned(),
+            };
             bail!(
-                "rekindle {args:?} ended with {}: {}\nCRIU's log ends with\n{}",
+                "rekindle {args:?} ended with {}: {}\nCRIU's log ends with\n{log}",
                 output.status,
-                String::from_utf8_lossy(&output.stderr).trim(),
-                log.unwrap_or_else(|e| e.to_string())
+                said.trim()
             );
         }
         Ok(serde_json::from_slice(&output.stdout)?)
