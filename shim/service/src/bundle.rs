@@ -7,7 +7,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use containerd_shim::bootstrap::any_is;
 use containerd_shim_protos::{
     protobuf::{Message, well_known_types::any::Any},
     shim::oci::Options,
@@ -15,7 +14,7 @@ use containerd_shim_protos::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{error::Error, rootfs, runc, threads::blocking};
+use crate::{any, error::Error, rootfs, runc, threads::blocking};
 
 /// Largest config.json that is read. Kubernetes' largest pods stay below 1 MiB.
 const MAX_CONFIG: u64 = 32 << 20;
@@ -25,6 +24,10 @@ const REMEMBERED: &str = "rekindle-shim.json";
 pub(crate) const SHM: &str = "/dev/shm";
 /// Names runc's CRIU configuration file (runc `docs/checkpoint-restore.md`).
 const CRIU_CONFIG_KEY: &str = "org.criu.config";
+
+const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
+/// What containerd sends for a runtime type of its own.
+const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
 
 /// `runc.v1.Options`, resolved.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,8 +45,7 @@ pub(crate) struct RuncOptions {
     pub(crate) criu_work_path: String,
 }
 
-/// `runtimeoptions.v1.Options`: what containerd sends for a runtime type of its own, with the
-/// `[options]` table of its configuration as TOML in field 3.
+/// [`RUNTIME_OPTIONS`]: the `[options]` table of containerd's configuration, as TOML in field 3.
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "PascalCase", default)]
 struct TomlOptions {
@@ -69,12 +71,12 @@ impl RuncOptions {
             key: format!("runtime options {}", any.type_url),
             reason,
         };
-        if any_is::<Options>(any) {
+        if any::is(any, RUNC_OPTIONS) {
             let options =
                 Options::parse_from_bytes(&any.value).map_err(|e| wrong(e.to_string()))?;
             return Ok(options.into());
         }
-        if any.type_url.ends_with("runtimeoptions.v1.Options") {
+        if any::is(any, RUNTIME_OPTIONS) {
             let body = length_delimited_field(&any.value, 3)
                 .map_err(|e| wrong(e.to_owned()))?
                 .unwrap_or_default();
@@ -82,9 +84,9 @@ impl RuncOptions {
             let options: TomlOptions = toml::from_str(text).map_err(|e| wrong(e.to_string()))?;
             return Ok(options.into());
         }
-        Err(wrong(
-            "allowed are containerd.runc.v1.Options and runtimeoptions.v1.Options".to_owned(),
-        ))
+        Err(wrong(format!(
+            "allowed are {RUNC_OPTIONS} and {RUNTIME_OPTIONS}"
+        )))
     }
 
     pub(crate) fn binary(&self) -> String {

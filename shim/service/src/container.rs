@@ -3,13 +3,13 @@
 //! Calls that change a container queue to its driver task, one at a time; `State`, `Wait`, `Kill` and
 //! execs do not, so a restore of seconds delays none of them. Ends are taken in by a task of their own.
 
+mod driver;
 mod exec;
 mod restoring;
 
 use std::{
     collections::HashMap,
     future::Future,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -17,8 +17,9 @@ use containerd_shim_protos::{
     api::ProcessInfo,
     events::task::{TaskExit, TaskPaused, TaskResumed, TaskStart},
 };
+use driver::{Driver, Gone};
 pub(crate) use exec::{Exec, ExecRequest, ExecState};
-use tokio::sync::{RwLock, mpsc, oneshot, watch};
+use tokio::sync::{RwLock, watch};
 
 use crate::{
     context::Fixed,
@@ -43,8 +44,6 @@ pub(crate) struct View {
     /// The init's pid; 0 before there is one.
     pub(crate) pid: i32,
 }
-
-type Job = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
 
 /// A container.
 #[derive(Debug)]
@@ -72,7 +71,7 @@ pub(crate) struct Container {
     kill_gate: RwLock<()>,
     pub(crate) usage: Usage,
     events: Events,
-    jobs: mpsc::Sender<Job>,
+    driver: Driver,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -101,16 +100,6 @@ impl Container {
                 None,
             ),
         };
-        // 32 calls may wait for one container; containerd serialises most of them itself.
-        let (jobs, mut queue) = mpsc::channel::<Job>(32);
-        tokio::spawn(async move {
-            while let Some(job) = queue.recv().await {
-                // A task of its own: a panic in it is that call's error, not the driver's end.
-                if let Err(error) = tokio::spawn(job()).await {
-                    tracing::error!(%error, "a call ended unexpectedly");
-                }
-            }
-        });
         let this = Arc::new(Self {
             events: fixed.shared.events.clone(),
             fixed: Arc::new(fixed),
@@ -126,7 +115,7 @@ impl Container {
             start_gate: tokio::sync::Mutex::new(()),
             kill_gate: RwLock::default(),
             usage: Usage::default(),
-            jobs,
+            driver: Driver::start(),
         });
         if let Some(exit) = exit {
             this.watch_init(exit);
@@ -141,16 +130,9 @@ impl Container {
         W: FnOnce(Arc<Self>) -> F + Send + 'static,
         F: Future<Output = Result<T, Error>> + Send + 'static,
     {
-        let (reply, answer) = oneshot::channel();
         let this = Arc::clone(self);
-        let job: Job = Box::new(move || {
-            Box::pin(async move {
-                let _ = reply.send(work(this).await);
-            })
-        });
-        let gone = || Error::DriverGone(self.fixed.id.clone());
-        self.jobs.send(job).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        let done = self.driver.run(move || work(this)).await;
+        done.map_err(|Gone| Error::DriverGone(self.fixed.id.clone()))?
     }
 
     pub(crate) fn view(&self) -> View {

@@ -18,7 +18,9 @@ use containerd_shim_protos::{
 };
 use rekindle_checkpoint::manifest::DumpFlags;
 
-use crate::{bundle::length_delimited_field, error::Error};
+use crate::{any, bundle::length_delimited_field, error::Error};
+
+const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 
 /// The node's own CRIU configuration for runc, merged in. runc reads it when no annotation names another.
 const NODE_CONFIG: &str = "/etc/criu/runc.conf";
@@ -57,10 +59,8 @@ impl CheckpointRequest {
             key: format!("checkpoint options {}", any.type_url),
             reason,
         };
-        if !containerd_shim::bootstrap::any_is::<CheckpointOptions>(any) {
-            return Err(wrong(
-                "allowed is containerd.runc.v1.CheckpointOptions".to_owned(),
-            ));
+        if !any::is(any, OPTIONS) {
+            return Err(wrong(format!("allowed is {OPTIONS}")));
         }
         let options =
             CheckpointOptions::parse_from_bytes(&any.value).map_err(|e| wrong(e.to_string()))?;
@@ -222,7 +222,7 @@ mod tests {
         let mut value = options.write_to_bytes().unwrap();
         value.extend_from_slice(&[0x52, 3, b'.', b'.', b'/']); // field 10
         let any = Any {
-            type_url: "containerd.runc.v1.CheckpointOptions".to_owned(),
+            type_url: OPTIONS.to_owned(),
             value,
             ..Any::default()
         };

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use containerd_shim::event::Event;
 use containerd_shim_protos::{
-    protobuf::{MessageDyn, MessageField, well_known_types::any::Any},
+    protobuf::{Message, MessageField},
     shim::{event::Envelope, events::ForwardRequest},
     shim_async::{Client, EventsClient},
     ttrpc::{self, context},
@@ -15,7 +15,7 @@ use containerd_shim_protos::{
 use tokio::sync::{Notify, mpsc, oneshot};
 use tracing::warn;
 
-use crate::exits::timestamp;
+use crate::{any, exits::timestamp};
 
 /// Events that wait while containerd is away. Beyond it the newest are dropped: containerd asks for
 /// every task's state when it comes back, so an event is news, not truth.
@@ -71,11 +71,11 @@ impl Events {
     }
 
     /// Queues an event; never waits.
-    pub(crate) fn send(&self, event: impl Event) {
+    pub(crate) fn send(&self, event: impl Event + Message) {
         let mut envelope = Envelope::new();
         envelope.topic = event.topic();
         envelope.timestamp = timestamp(std::time::SystemTime::now());
-        envelope.event = MessageField::some(pack(&event));
+        envelope.event = MessageField::some(any::pack("containerd.events", &event));
         let topic = envelope.topic.clone();
         if self
             .queue
@@ -94,14 +94,6 @@ impl Events {
             let _ = receiver.await;
         }
     }
-}
-
-/// As containerd's typeurl writes it: the message's bare name.
-fn pack(event: &dyn MessageDyn) -> Any {
-    let mut any = Any::new();
-    any.type_url = event.descriptor_dyn().full_name().to_owned();
-    any.value = event.write_to_bytes_dyn().unwrap_or_default();
-    any
 }
 
 /// The connection to containerd, made when it is needed.

@@ -7,7 +7,8 @@ use std::{
     sync::Mutex,
 };
 
-use tracing_subscriber::{EnvFilter, fmt::writer::BoxMakeWriter};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 /// Sends the log to containerd, or nowhere when there is no FIFO (the shim was started by hand).
 pub(crate) fn start(debug: bool) {
@@ -21,10 +22,14 @@ pub(crate) fn start(debug: bool) {
         Ok(fifo) => BoxMakeWriter::new(Mutex::new(Lossy(fifo))),
         Err(_) => BoxMakeWriter::new(io::sink),
     };
-    let filter = EnvFilter::new(if debug { "debug" } else { "info" });
+    let level = if debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::INFO
+    };
     // Fails only when a subscriber is set already.
     let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(level)
         .with_ansi(false)
         .with_writer(writer)
         .try_init();

@@ -4,6 +4,7 @@
 //! where it listens), without an action (be that server), `delete` (clean up after a server that
 //! died), and `-info`. Rooms: `docs/DESIGN.md`.
 
+mod any;
 mod bootstrap;
 mod bundle;
 mod cgroups;

@@ -16,12 +16,9 @@ mod v2;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub(crate) use cgroup::{Cgroup, Folder};
-use containerd_shim_protos::{
-    events::task::TaskOOM,
-    protobuf::{MessageFull, well_known_types::any::Any},
-};
+use containerd_shim_protos::{events::task::TaskOOM, protobuf::well_known_types::any::Any};
 
-use crate::{error::Error, events::Events, oom};
+use crate::{any, error::Error, events::Events, oom};
 
 /// Measures one container.
 #[derive(Debug, Default)]
@@ -78,17 +75,9 @@ fn collect(cgroup: &Cgroup) -> Option<Any> {
         return None;
     }
     match cgroup {
-        Cgroup::V1(controllers) => pack(&v1::metrics(controllers)),
-        Cgroup::V2(folder) => pack(&v2::metrics(folder)),
+        Cgroup::V1(all) => Some(any::pack("io.containerd.cgroups.v1", &v1::metrics(all))),
+        Cgroup::V2(folder) => Some(any::pack("io.containerd.cgroups.v2", &v2::metrics(folder))),
     }
-}
-
-/// As containerd's typeurl writes it: the message's bare name.
-fn pack<M: MessageFull>(metrics: &M) -> Option<Any> {
-    let mut any = Any::new();
-    M::descriptor().full_name().clone_into(&mut any.type_url);
-    any.value = metrics.write_to_bytes().ok()?;
-    Some(any)
 }
 
 #[cfg(test)]

@@ -8,13 +8,14 @@ use std::{
 use containerd_shim_protos::{
     api::ProcessInfo,
     events::task::{TaskExecAdded, TaskExecStarted, TaskExit},
-    protobuf::{Message, MessageField, well_known_types::any::Any},
+    protobuf::MessageField,
 };
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::{Container, lock, timestamp};
 use crate::{
+    any,
     error::Error,
     exits::Exit,
     io::{ConsoleSocket, ProcessIo, Streams},
@@ -130,10 +131,7 @@ pub(super) fn process_info(pid: u32, exec: Option<&String>) -> ProcessInfo {
     if let Some(id) = exec {
         let mut details = containerd_shim_protos::shim::oci::ProcessDetails::new();
         details.exec_id.clone_from(id);
-        let mut any = Any::new();
-        "containerd.runc.v1.ProcessDetails".clone_into(&mut any.type_url);
-        any.value = details.write_to_bytes().unwrap_or_default();
-        info.info = MessageField::some(any);
+        info.info = MessageField::some(any::pack("containerd.runc.v1", &details));
     }
     info
 }
