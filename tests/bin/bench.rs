@@ -1,4 +1,5 @@
-//! The benchmark: how much sooner a warm start answers than a cold one. `make bench` runs it.
+//! The benchmarks: what our shim costs beside the one that containerd ships, and how much sooner a warm start answers than
+//! a cold one. `make bench` runs them.
 
 #[path = "bench/figures.rs"]
 mod figures;
@@ -6,6 +7,8 @@ mod figures;
 mod machine;
 #[path = "bench/report.rs"]
 mod report;
+#[path = "bench/shim.rs"]
+mod shim;
 #[path = "bench/starts.rs"]
 mod starts;
 
@@ -14,14 +17,19 @@ use std::io::Write;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-Usage: bench [--pairs N] [--json]
+Usage: bench [shim] [starts] [--pairs N] [--json]
 
-  --pairs N  measure N cold and N warm starts, one after the other [default: 10]
-  --json     print one line of JSON in place of the tables";
+  shim       ours against the one that containerd ships: run, exec, memory
+  starts     warm starts of a model server against cold ones
+             (without either: both)
+  --pairs N  measure N pairs, one after the other [default: 15]
+  --json     print one line of JSON for each in place of the tables";
 
 /// What was typed.
 #[derive(Debug)]
 struct Args {
+    shim: bool,
+    starts: bool,
     pairs: usize,
     json: bool,
 }
@@ -29,11 +37,15 @@ struct Args {
 impl Args {
     fn parse(mut typed: impl Iterator<Item = String>) -> Result<Option<Args>> {
         let mut args = Args {
-            pairs: 10,
+            shim: false,
+            starts: false,
+            pairs: 15,
             json: false,
         };
         while let Some(word) = typed.next() {
             match word.as_str() {
+                "shim" => args.shim = true,
+                "starts" => args.starts = true,
                 "--json" => args.json = true,
                 "--pairs" => {
                     let number = typed.next().context("--pairs wants a number")?;
@@ -47,8 +59,21 @@ impl Args {
                 other => bail!("{other:?} is not understood\n\n{USAGE}"),
             }
         }
+        if !args.shim && !args.starts {
+            (args.shim, args.starts) = (true, true);
+        }
         Ok(Some(args))
     }
+}
+
+async fn measure(args: &Args) -> Result<()> {
+    if args.shim {
+        report::shims(&shim::measure(args.pairs).await?, args.json)?;
+    }
+    if args.starts {
+        report::starts(&starts::measure(args.pairs).await?, args.json)?;
+    }
+    Ok(())
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -58,15 +83,7 @@ async fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     };
     tokio::select! {
-        measured = starts::measure(args.pairs) => {
-            let measured = measured?;
-            if args.json {
-                report::json(&measured)?;
-            } else {
-                report::tables(&measured)?;
-            }
-            Ok(ExitCode::SUCCESS)
-        }
+        measured = measure(&args) => measured.map(|()| ExitCode::SUCCESS),
         // The node goes with the future that held it.
         _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
     }

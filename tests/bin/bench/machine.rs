@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use rekindle_harness::{Node, root};
+use serde_json::{Value, json};
 use std::fs;
 
 /// What of a machine and its node moves the figures.
@@ -15,6 +16,15 @@ pub(crate) struct Machine {
     pub(crate) versions: Vec<String>,
     /// The cargo profile of the programs under test, by the folder they came from.
     pub(crate) profile: String,
+}
+
+impl Machine {
+    pub(crate) fn json(&self) -> Value {
+        json!({
+            "cores": self.cores, "cpu": self.cpu, "memory_gib": self.memory_gib, "kernel": self.kernel,
+            "versions": self.versions, "profile": self.profile,
+        })
+    }
 }
 
 pub(crate) fn facts(node: &Node) -> Result<Machine> {
