@@ -28,9 +28,12 @@ pub(crate) async fn a_paused_task_stands_still_and_goes_on(stage: &Stage) -> Res
 pub(crate) async fn wait_on_a_paused_task_waits(stage: &Stage) -> Result<()> {
     let task = stage
         .container("wait-paused")
-        .shell("trap 'exit 8' TERM; while :; do sleep 0.05; done")
+        .shell("trap 'exit 8' TERM; echo ready; while :; do sleep 0.05; done")
         .run()
         .await?;
+    // runc answers a start when its own process is about to become the shell.
+    let ready = task.io().out()?;
+    ready.until("its word", |text| text.contains("ready")).await?;
     task.pause().await?;
     let early = tokio::time::timeout(Duration::from_millis(300), task.wait()).await;
     assert!(early.is_err(), "wait answered {early:?} for a paused task");
