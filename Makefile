@@ -11,7 +11,7 @@ NODE_PACKAGES := debootstrap debian-archive-keyring qemu-system-x86 cpio e2fspro
 BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-build build node test test-unit test-suites lint demo bench dist clean-cache
+.PHONY: help deps deps-build build node test test-unit test-suites test-dist lint demo bench dist dist-shim clean-cache
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test-unit: ## unit tests only: no root, no node
 test-suites: build ## the suites that need a real containerd (as root)
 	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test data --test node --test torch --test vm
 
+test-dist: deps build dist-shim ## the lifecycle suite on the shim that make dist makes (as root)
+	REKINDLE_BIN_DIR="$(CURDIR)/dist" REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle
+
 lint: ## format, clippy without a warning, licences and sources
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
@@ -65,17 +68,19 @@ lint: ## format, clippy without a warning, licences and sources
 demo: deps build ## a PyTorch server, cold and warm, end to end (as root)
 	@"$(BUILT)/debug/demo"
 
-bench: deps build ## the figures of docs/BENCHMARKS.md (as root); ARGS="--pairs 20 --json"
-	$(CARGO) build --release --package rekindle-shim --package rekindle
-	@REKINDLE_BIN_DIR="$(BUILT)/release" "$(BUILT)/debug/bench" $(ARGS)
+bench: deps build dist ## the figures of docs/BENCHMARKS.md (as root); ARGS="shim --pairs 20 --json"
+	@REKINDLE_BIN_DIR="$(CURDIR)/dist" "$(BUILT)/debug/bench" $(ARGS)
+
+dist: deps-build dist-shim ## what a node gets: optimised programs in dist/
+	$(CARGO) build --profile dist --package rekindle
+	install -D -t dist "$(BUILT)/dist/rekindle"
+	cd dist && sha256sum containerd-shim-rekindle-v1 rekindle > SHA256SUMS
 
 # The shim is built by itself: together with the CLI it would get the CLI's features, and with them a network client.
-dist: deps-build ## what a node gets: optimised programs in dist/
-	$(CARGO) build --profile dist --package rekindle-shim
-	$(CARGO) build --profile dist --package rekindle
-	mkdir -p dist
-	cp "$(BUILT)/dist/containerd-shim-rekindle-v1" "$(BUILT)/dist/rekindle" dist/
-	cd dist && sha256sum containerd-shim-rekindle-v1 rekindle > SHA256SUMS
+# Linked statically, it is started in half the time and takes a third less memory: there is one for each pod.
+dist-shim: deps-build
+	$(CARGO) rustc --profile shim --package rekindle-shim --bin containerd-shim-rekindle-v1 -- -C target-feature=+crt-static
+	install -D -t dist "$(BUILT)/shim/containerd-shim-rekindle-v1"
 
 clean-cache: ## forget the cached Debian roots and images
 	rm -rf "$${REKINDLE_CACHE:-/var/cache/rekindle-test}"
