@@ -142,6 +142,11 @@ impl<'n> Container<'n> {
         ExecBuilder::new(self, exec_id, args)
     }
 
+    /// The further process of this id, whether there is one or not.
+    pub fn existing_exec(&self, exec_id: &str) -> Exec<'_, 'n> {
+        Exec::of(self, exec_id)
+    }
+
     /// Sends a signal to its first process.
     pub async fn kill(&self, signal: u32) -> Answer<()> {
         self.signal("", signal, false).await

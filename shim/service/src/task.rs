@@ -289,6 +289,11 @@ impl Task for TaskService {
             let exec = container.exec(&request.exec_id)?;
             response.id.clone_from(&request.exec_id);
             let (status, exit) = exec.status();
+            // Whatever is in a container that stands still stands still.
+            let status = match container.view().state {
+                paused @ (State::Pausing | State::Paused) => paused.status(),
+                _ => status,
+            };
             (status, exec.view().pid, exec.streams().clone(), exit)
         };
         response.status = status.into();
@@ -431,7 +436,7 @@ impl crate::container::Exec {
     fn status(&self) -> (Status, Option<Exit>) {
         use crate::container::ExecState as S;
         match self.view().state {
-            S::Created | S::Starting => (Status::CREATED, None),
+            S::Created | S::Starting | S::Failed(_) => (Status::CREATED, None),
             S::Running => (Status::RUNNING, None),
             S::Stopped(exit) => (Status::STOPPED, Some(exit)),
         }

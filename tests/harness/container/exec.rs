@@ -19,6 +19,7 @@ pub struct ExecBuilder<'c, 'n> {
     user: (u32, u32),
     terminal: bool,
     stdin: bool,
+    detached: bool,
 }
 
 impl<'c, 'n> ExecBuilder<'c, 'n> {
@@ -32,6 +33,7 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
             user: (0, 0),
             terminal: false,
             stdin: false,
+            detached: false,
         }
     }
 
@@ -65,10 +67,19 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
         self
     }
 
+    /// Gives it no stdio.
+    pub fn detached(mut self) -> Self {
+        self.detached = true;
+        self
+    }
+
     /// Adds it to the container, not started; containerd's answer apart, for tests of refusals.
     pub async fn try_add(self) -> Result<(Exec<'c, 'n>, Answer<()>)> {
         let name = format!("{}-{}", self.container.id, self.exec_id);
-        let io = Stdio::open(self.container.node, &name, self.stdin, self.terminal)?;
+        let io = match self.detached {
+            true => Stdio::none(),
+            false => Stdio::open(self.container.node, &name, self.stdin, self.terminal)?,
+        };
         let process = spec::process(&self.args, &self.env, &self.cwd, self.user, self.terminal);
         let request = api::ExecProcessRequest {
             container_id: self.container.id.clone(),
@@ -125,7 +136,16 @@ pub struct Exec<'c, 'n> {
     io: Stdio,
 }
 
-impl Exec<'_, '_> {
+impl<'c, 'n> Exec<'c, 'n> {
+    /// Whatever has this id in the container, whether there is one or not.
+    pub(super) fn of(container: &'c Container<'n>, exec_id: &str) -> Self {
+        Exec {
+            container,
+            exec_id: exec_id.to_owned(),
+            io: Stdio::none(),
+        }
+    }
+
     /// Its stdio.
     pub fn io(&self) -> &Stdio {
         &self.io

@@ -3,6 +3,7 @@
 //! One node per runtime serves all tests of this program, at the same time: a container's id is its test's name.
 //! `REKINDLE_RUNTIMES=go` (or `rekindle`) leaves the other one out.
 
+mod alike;
 mod checkpoint;
 mod exec;
 mod given_up;

@@ -33,7 +33,9 @@ pub(crate) async fn wait_on_a_paused_task_waits(stage: &Stage) -> Result<()> {
         .await?;
     // runc answers a start when its own process is about to become the shell.
     let ready = task.io().out()?;
-    ready.until("its word", |text| text.contains("ready")).await?;
+    ready
+        .until("its word", |text| text.contains("ready"))
+        .await?;
     task.pause().await?;
     let early = tokio::time::timeout(Duration::from_millis(300), task.wait()).await;
     assert!(early.is_err(), "wait answered {early:?} for a paused task");

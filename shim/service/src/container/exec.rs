@@ -31,6 +31,8 @@ pub(crate) enum ExecState {
     /// runc is starting it; nobody else may.
     Starting,
     Running,
+    /// It could not be started. What is left of it waits to be deleted, and is shown as created.
+    Failed(Exit),
     Stopped(Exit),
 }
 
@@ -77,7 +79,9 @@ impl Exec {
     pub(crate) async fn wait(&self) -> Exit {
         let mut view = self.view.subscribe();
         loop {
-            if let ExecState::Stopped(exit) = view.borrow_and_update().state {
+            if let ExecState::Stopped(exit) | ExecState::Failed(exit) =
+                view.borrow_and_update().state
+            {
                 return exit;
             }
             if view.changed().await.is_err() {
@@ -106,8 +110,8 @@ impl Exec {
         let ExecView { state, pid } = self.view();
         match state {
             ExecState::Stopped(_) => return Err(Error::Finished(self.id.clone())),
-            ExecState::Created | ExecState::Starting => {
-                let reason = "it has no process yet; start it first".to_owned();
+            ExecState::Created | ExecState::Starting | ExecState::Failed(_) => {
+                let reason = "it has no process".to_owned();
                 return Err(Error::Argument {
                     key: format!("kill of exec {}", self.id),
                     reason,
@@ -198,7 +202,9 @@ impl Container {
             first
         });
         if !mine {
-            let reason = "it was started already".to_owned();
+            let reason =
+                "it was started already; whether that failed or not, this needs an exec of its own"
+                    .to_owned();
             return Err(Error::Argument {
                 key: format!("start of exec {id}"),
                 reason,
@@ -212,7 +218,7 @@ impl Container {
             let result = this.run_exec(&started).await;
             if result.is_err() {
                 started.view.send_modify(|view| {
-                    view.state = ExecState::Stopped(Exit {
+                    view.state = ExecState::Failed(Exit {
                         status: 255,
                         at: std::time::SystemTime::now(),
                     });
