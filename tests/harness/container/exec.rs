@@ -17,6 +17,7 @@ pub struct ExecBuilder<'c, 'n> {
     env: Vec<String>,
     cwd: String,
     user: (u32, u32),
+    open_files: Option<u64>,
     terminal: bool,
     stdin: bool,
 }
@@ -30,6 +31,7 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
             env: Vec::new(),
             cwd: "/".into(),
             user: (0, 0),
+            open_files: None,
             terminal: false,
             stdin: false,
         }
@@ -53,6 +55,12 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
         self
     }
 
+    /// How many files it may have open.
+    pub fn open_files(mut self, limit: u64) -> Self {
+        self.open_files = Some(limit);
+        self
+    }
+
     /// Gives it a terminal.
     pub fn terminal(mut self) -> Self {
         self.terminal = true;
@@ -69,7 +77,11 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
     pub async fn try_add(self) -> Result<(Exec<'c, 'n>, Answer<()>)> {
         let name = format!("{}-{}", self.container.id, self.exec_id);
         let io = Stdio::open(self.container.node, &name, self.stdin, self.terminal)?;
-        let process = spec::process(&self.args, &self.env, &self.cwd, self.user, self.terminal);
+        let mut process = spec::process(&self.args, &self.env, &self.cwd, self.user, self.terminal);
+        if let Some(limit) = self.open_files {
+            process["rlimits"] =
+                serde_json::json!([{"type": "RLIMIT_NOFILE", "hard": limit, "soft": limit}]);
+        }
         let request = api::ExecProcessRequest {
             container_id: self.container.id.clone(),
             stdin: io.stdin.clone(),
