@@ -161,6 +161,9 @@ both! {
     }    refusals {
         an_unknown_container_is_not_found_by_the_shim
         an_unknown_process_is_not_found_by_the_shim
+        a_second_create_changes_nothing
+        a_root_that_cannot_be_mounted_leaves_nothing
+        checkpoint_options_of_another_kind_are_refused
         an_exec_that_was_not_started_waits_or_goes
         a_running_exec_is_neither_started_again_nor_deleted
         an_ended_exec_is_only_deleted
@@ -185,11 +188,14 @@ both! {
     server {
         connect_tells_the_pids_of_shim_and_task
         a_shutdown_is_ignored_while_there_is_a_container
+        a_signal_to_the_shim_ends_no_container
         the_shim_dies_of_no_memory_before_containerd
         the_shim_lives_in_the_cgroup_of_the_options
         a_shim_cgroup_that_is_missing_fails_the_creation
         containers_of_a_group_share_a_shim
         a_binary_that_is_replaced_changes_no_running_container
         the_delete_command_answers_for_what_never_was
+        start_fails_where_the_spec_is_no_json
+        the_shim_tells_about_itself_without_runc
     }
 }

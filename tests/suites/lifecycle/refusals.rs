@@ -83,6 +83,79 @@ pub(crate) async fn an_unknown_process_is_not_found_by_the_shim(stage: &Stage) -
     task.remove().await
 }
 
+/// containerd asks for no second one. Its own shim would forget the first, were the bundle of the second in order.
+pub(crate) async fn a_second_create_changes_nothing(stage: &Stage) -> Result<()> {
+    if !speaks_version_3(stage) {
+        return Ok(());
+    }
+    let task = stage.container("create-twice").shell("sleep 1000").run();
+    let task = task.await?;
+    let (shim, id) = (stage.node.shim("create-twice").await?, "create-twice");
+    let bundle = "/tmp/no-such-bundle";
+    let expected = match stage.node.runtime() {
+        Runtime::Go => ShimCode::NOT_FOUND, // the bundle
+        Runtime::Rekindle => ShimCode::ALREADY_EXISTS,
+    };
+    let [(_, answer)] = codes! { shim: create CreateTaskRequest { id, bundle } };
+    assert_eq!(answer, expected);
+    assert_eq!(task.state().await?, State::Running);
+    task.remove().await
+}
+
+pub(crate) async fn a_root_that_cannot_be_mounted_leaves_nothing(stage: &Stage) -> Result<()> {
+    if !speaks_version_3(stage) {
+        return Ok(());
+    }
+    let task = stage.container("mounted").shell("sleep 1000").run().await?;
+    let bundle = "/tmp/bundles/unmounted";
+    let make =
+        format!("mkdir -p {bundle} && echo '{{\"ociVersion\": \"1.1.0\"}}' > {bundle}/config.json");
+    stage.node.run(["sh", "-c", &make]).await?;
+    let mount = |kind: &str| api::Mount {
+        type_: kind.to_owned(),
+        source: "none".to_owned(),
+        ..Default::default()
+    };
+    let request = api::CreateTaskRequest {
+        id: "unmounted".to_owned(),
+        bundle: bundle.to_owned(),
+        rootfs: vec![mount("tmpfs"), mount("no-such-filesystem")],
+        ..Default::default()
+    };
+    let shim = stage.node.shim("mounted").await?;
+    let answer = shim.create(deadline(), &request).await;
+    assert_eq!(shim::code(answer)?, ShimCode::UNKNOWN);
+    let mounts = format!("! grep -F {bundle}/ /proc/self/mountinfo");
+    stage.node.run(["sh", "-c", &mounts]).await?;
+    task.remove().await
+}
+
+pub(crate) async fn checkpoint_options_of_another_kind_are_refused(stage: &Stage) -> Result<()> {
+    if !speaks_version_3(stage) {
+        return Ok(());
+    }
+    let task = stage.container("other-options").shell("sleep 1000").run();
+    let task = task.await?;
+    let mut options = protobuf::well_known_types::any::Any::new();
+    options.type_url = "some.other.Options".to_owned();
+    options.value = vec![8, 1];
+    let request = api::CheckpointTaskRequest {
+        id: "other-options".to_owned(),
+        path: "/tmp/other-options".to_owned(),
+        options: protobuf::MessageField::some(options),
+        ..Default::default()
+    };
+    let expected = match stage.node.runtime() {
+        Runtime::Go => ShimCode::UNKNOWN,
+        Runtime::Rekindle => ShimCode::INVALID_ARGUMENT,
+    };
+    let shim = stage.node.shim("other-options").await?;
+    let answer = shim.checkpoint(deadline(), &request).await;
+    assert_eq!(shim::code(answer)?, expected);
+    assert_eq!(task.state().await?, State::Running);
+    task.remove().await
+}
+
 pub(crate) async fn an_exec_that_was_not_started_waits_or_goes(stage: &Stage) -> Result<()> {
     let task = stage.container("exec-idle").shell("sleep 1000").run();
     let task = task.await?;

@@ -3,6 +3,8 @@
 use crate::{Stage, code, process::is_gone, recovery::own_stage, refusals::speaks_version_3};
 use anyhow::{Context, Result, ensure};
 use containerd_client::tonic::Code;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rekindle_harness::container::State;
 use rekindle_harness::options::Options;
 use rekindle_harness::shim::{api, deadline, protobuf::Message};
@@ -14,6 +16,14 @@ const LABELS: [&str; 2] = [
     "io.containerd.runc.v2.group",
     "io.kubernetes.cri.sandbox-id",
 ];
+
+/// Where the shim under test lies.
+fn program(stage: &Stage) -> &'static str {
+    match stage.node.runtime() {
+        Runtime::Go => "/usr/bin/containerd-shim-runc-v2",
+        Runtime::Rekindle => "/opt/rekindle/bin/containerd-shim-rekindle-v1",
+    }
+}
 
 pub(crate) async fn connect_tells_the_pids_of_shim_and_task(stage: &Stage) -> Result<()> {
     if !speaks_version_3(stage) {
@@ -56,6 +66,23 @@ pub(crate) async fn a_shutdown_is_ignored_while_there_is_a_container(stage: &Sta
     assert_eq!(task.state().await?, State::Running);
     task.remove().await?;
     is_gone(stage, "stays").await
+}
+
+/// The shim that containerd ships logs its stacks at USR1. At TERM and INT it ends, and containerd ends the container.
+pub(crate) async fn a_signal_to_the_shim_ends_no_container(stage: &Stage) -> Result<()> {
+    let task = stage.container("signalled").shell("sleep 1000").run();
+    let task = task.await?;
+    let shim = Pid::from_raw(stage.node.shim_of("signalled")?.0.try_into()?);
+    let signals: &[Signal] = match stage.node.runtime() {
+        Runtime::Go => &[Signal::SIGUSR1],
+        Runtime::Rekindle => &[Signal::SIGUSR1, Signal::SIGTERM, Signal::SIGINT],
+    };
+    for signal in signals {
+        kill(shim, *signal)?;
+        let exec = task.exec(signal.as_str(), &["sh", "-c", "exit 2"]).run();
+        assert_eq!(exec.await?.wait().await?.status, 2);
+    }
+    task.remove().await
 }
 
 pub(crate) async fn the_shim_dies_of_no_memory_before_containerd(stage: &Stage) -> Result<()> {
@@ -165,10 +192,7 @@ pub(crate) async fn a_binary_that_is_replaced_changes_no_running_container(
         Ok(())
     };
     let old = member("old").run().await?;
-    let program = match stage.node.runtime() {
-        Runtime::Go => "/usr/bin/containerd-shim-runc-v2",
-        Runtime::Rekindle => "/opt/rekindle/bin/containerd-shim-rekindle-v1",
-    };
+    let program = program(stage);
     let replace = format!("cp {program} {program}.new && mv {program}.new {program}");
     stage.node.run(["sh", "-c", &replace]).await?;
     let runs = |id: &str| -> Result<String> {
@@ -213,5 +237,26 @@ pub(crate) async fn the_delete_command_answers_for_what_never_was(stage: &Stage)
         Runtime::Rekindle => 0,
     };
     assert_eq!((answer.pid, answer.exit_status), (none, 137));
+    Ok(())
+}
+
+pub(crate) async fn start_fails_where_the_spec_is_no_json(stage: &Stage) -> Result<()> {
+    let line = "mkdir -p /tmp/bundles/garbled && cd /tmp/bundles/garbled && echo garbled > config.json && \
+                containerd-shim-runc-v2 -namespace default -id garbled \
+                -address /run/containerd/containerd.sock start";
+    let out = stage.node.exec(["sh", "-c", line]).await?;
+    ensure!(!out.status.success(), "it started");
+    is_gone(stage, "garbled").await
+}
+
+/// The shim that containerd ships fails without runc, whose features it cannot tell then.
+pub(crate) async fn the_shim_tells_about_itself_without_runc(stage: &Stage) -> Result<()> {
+    let program = program(stage);
+    let out = stage
+        .node
+        .exec(["env", "PATH=/nowhere", program, "-info"])
+        .await?;
+    let told = out.status.success() && !out.stdout.is_empty();
+    assert_eq!(told, stage.node.runtime() == Runtime::Rekindle);
     Ok(())
 }
