@@ -9,6 +9,7 @@
 use std::{
     fs,
     io::Write,
+    os::unix::net::UnixListener,
     path::Path,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
@@ -101,6 +102,24 @@ fn parameters_on_stdin_are_answered_in_kind() {
     );
     meet_and_end(&answer, |_| {});
     assert!(!Path::new(socket).exists());
+}
+
+#[test]
+fn the_socket_of_a_shim_that_was_killed_is_no_obstacle() {
+    let bundle = tempfile::tempdir().unwrap();
+    let address = || {
+        let output = start(bundle.path(), "");
+        assert!(output.status.success());
+        let answer = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
+        meet_and_end(&answer, |_| {});
+        answer.address
+    };
+    let first = address();
+    let socket = first.strip_prefix("unix://").unwrap();
+    // Nobody listens there when this is dropped, and the file stays.
+    drop(UnixListener::bind(socket).unwrap());
+    assert!(Path::new(socket).exists());
+    assert_eq!(address(), first);
 }
 
 /// Not every kernel has it, and none without threads that share a core.

@@ -3,6 +3,7 @@
 //! One node per runtime serves all tests of this program, at the same time: a container's id is its test's name.
 //! `REKINDLE_RUNTIMES=go` (or `rekindle`) leaves the other one out.
 
+mod broken;
 mod checkpoint;
 mod exec;
 mod exits;
@@ -197,5 +198,12 @@ both! {
         the_delete_command_answers_for_what_never_was
         start_fails_where_the_spec_is_no_json
         the_shim_tells_about_itself_without_runc
+    }    broken {
+        what_runc_fails_at_has_not_happened
+        a_start_that_runc_fails_at_can_be_tried_again
+        without_a_pid_there_is_no_container
+        a_stream_that_is_gone_fails_the_creation
+        a_stream_that_is_gone_fails_the_exec_alone
+        a_stream_that_is_gone_fails_the_restore
     }
 }
