@@ -200,3 +200,55 @@ pub(crate) async fn a_stream_that_is_gone_fails_the_restore(stage: &Stage) -> Re
     }
     Ok(())
 }
+
+/// What ours has staged for it is gone then; the shim that containerd ships asks runc once more.
+pub(crate) async fn a_restore_that_failed_is_not_tried_again(stage: &Stage) -> Result<()> {
+    stage.node.run(["mkdir", "-p", "/tmp/empty-image"]).await?;
+    let task = stage.container("restore-twice").args(&["/counter"]);
+    let task = task.restore_from("/tmp/empty-image").create().await?;
+    assert_eq!(code(task.start().await), Code::Unknown);
+    assert_eq!(task.state().await?, State::Created);
+    let again = match stage.node.runtime() {
+        Runtime::Go => Code::Unknown,
+        Runtime::Rekindle => Code::FailedPrecondition,
+    };
+    assert_eq!(code(task.start().await), again);
+    task.delete().await?;
+    is_gone(stage, "restore-twice").await?;
+    task.remove().await
+}
+
+pub(crate) async fn a_busy_root_is_let_go(stage: &Stage) -> Result<()> {
+    let task = stage.container("busy").shell("exit 1").run().await?;
+    task.wait().await?;
+    task.reaches(State::Stopped).await?;
+    let line = "cd /run/containerd/io.containerd.runtime.v2.task/default/busy/rootfs && \
+                { sleep 1000 >/dev/null 2>&1 & echo $!; }";
+    let holder = stage.node.run(["sh", "-c", line]).await?;
+    let deleted = code(task.delete().await);
+    stage.node.run(["kill", "-9", holder.trim()]).await?;
+    match stage.node.runtime() {
+        Runtime::Go => {
+            assert_eq!(deleted, Code::Unknown);
+            task.delete().await?;
+        }
+        Runtime::Rekindle => assert_eq!(deleted, Code::Ok),
+    }
+    is_gone(stage, "busy").await?;
+    task.remove().await
+}
+
+/// The shim that containerd ships gives up, and leaves what there is.
+pub(crate) async fn delete_goes_on_without_the_notes_of_the_create(stage: &Stage) -> Result<()> {
+    let line = "mkdir -p /tmp/bundles/noted/rootfs && cd /tmp/bundles/noted && \
+                mount -t tmpfs none rootfs && echo garbled | tee options.json rekindle-shim.json && \
+                containerd-shim-runc-v2 -namespace default -id noted \
+                -address /run/containerd/containerd.sock -bundle /tmp/bundles/noted delete";
+    let out = stage.node.exec(["sh", "-c", line]).await?;
+    let ours = stage.node.runtime() == Runtime::Rekindle;
+    assert_eq!(out.status.success(), ours);
+    let mounts = "grep -c /tmp/bundles/noted /proc/self/mountinfo; true";
+    let left = stage.node.run(["sh", "-c", mounts]).await?;
+    assert_eq!(left.trim() == "0", ours);
+    Ok(())
+}

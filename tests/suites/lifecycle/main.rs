@@ -166,6 +166,7 @@ both! {
         a_root_that_cannot_be_mounted_leaves_nothing
         checkpoint_options_of_another_kind_are_refused
         an_exec_that_was_not_started_waits_or_goes
+        what_never_ran_ends_when_it_is_deleted
         a_running_exec_is_neither_started_again_nor_deleted
         an_ended_exec_is_only_deleted
         an_exec_that_could_not_start_has_ended
@@ -205,5 +206,8 @@ both! {
         a_stream_that_is_gone_fails_the_creation
         a_stream_that_is_gone_fails_the_exec_alone
         a_stream_that_is_gone_fails_the_restore
+        a_restore_that_failed_is_not_tried_again
+        a_busy_root_is_let_go
+        delete_goes_on_without_the_notes_of_the_create
     }
 }

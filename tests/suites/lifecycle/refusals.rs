@@ -172,6 +172,26 @@ pub(crate) async fn an_exec_that_was_not_started_waits_or_goes(stage: &Stage) ->
     task.remove().await
 }
 
+/// With containerd's own shim it has ended in the year 1.
+pub(crate) async fn what_never_ran_ends_when_it_is_deleted(stage: &Stage) -> Result<()> {
+    if !speaks_version_3(stage) {
+        return Ok(());
+    }
+    let task = stage.container("never-ran").shell("sleep 1000").create();
+    let task = task.await?;
+    task.exec_again("never").await?;
+    let request = api::DeleteRequest {
+        id: "never-ran".to_owned(),
+        exec_id: "never".to_owned(),
+        ..Default::default()
+    };
+    let shim = stage.node.shim("never-ran").await?;
+    let exited = shim.delete(deadline(), &request).await?.exited_at;
+    let after_1970 = exited.seconds > 0;
+    assert_eq!(after_1970, stage.node.runtime() == Runtime::Rekindle);
+    task.remove().await
+}
+
 /// containerd's own shim counts an exec that is started twice twice, and then never tells the container's end.
 pub(crate) async fn a_running_exec_is_neither_started_again_nor_deleted(
     stage: &Stage,
