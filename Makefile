@@ -7,11 +7,14 @@ BUILD_PACKAGES := gcc libc6-dev protobuf-compiler
 NODE_PACKAGES := debootstrap debian-archive-keyring qemu-system-x86 cpio e2fsprogs busybox-static util-linux iproute2 \
                  mawk python3-pip
 
+# What docs/PARITY.md was taken from.
+CONTAINERD := github.com/containerd/containerd/v2@v2.1.9
+
 # Programs are run from here: cargo run --package would choose other features of the dependencies, and build them anew.
 BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-build build node test test-unit test-suites test-dist lint demo bench dist dist-shim clean-cache
+.PHONY: help deps deps-build build node test test-unit test-suites test-dist parity lint demo bench dist dist-shim clean-cache
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +59,12 @@ test-suites: build ## the suites that need a real containerd (as root)
 
 test-dist: deps build dist-shim ## the lifecycle suite on the shim that make dist makes (as root)
 	REKINDLE_BIN_DIR="$(CURDIR)/dist" REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle
+
+parity: ## docs/PARITY.md has a test or a reason in each row, and a row for each return of containerd's own shim
+	@source="$${CONTAINERD_SOURCE:-$$(go mod download -json $(CONTAINERD) 2>/dev/null | sed -n 's/^\t"Dir": "\(.*\)",*$$/\1/p')}"; \
+	if [ -z "$$source" ]; then skip="--skip every_return"; \
+	  echo "that no row is missing was not checked: there is no Go to fetch $(CONTAINERD), and CONTAINERD_SOURCE names no folder with it"; fi; \
+	CONTAINERD_SOURCE="$$source" $(CARGO) test --workspace --test docs -- --include-ignored $$skip parity
 
 lint: ## format, clippy without a warning, licences and sources
 	$(CARGO) fmt --all --check

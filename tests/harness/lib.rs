@@ -20,6 +20,7 @@ pub mod poll;
 pub mod progress;
 pub mod root;
 pub mod s3;
+pub mod shim;
 mod spec;
 mod traces;
 pub mod vm;

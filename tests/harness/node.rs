@@ -323,6 +323,14 @@ impl Node {
             .with_context(|| format!("no process of the node is the shim of container {id}"))
     }
 
+    /// A process's pid as the node itself counts.
+    pub fn pid_inside(&self, pid: u32) -> Result<u32> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find(|line| line.starts_with("NSpid:"));
+        let pid = line.and_then(|line| line.split_whitespace().last());
+        Ok(pid.context("the kernel tells no NSpid")?.parse()?)
+    }
+
     /// Ends containerd (SIGTERM) and waits until its successor answers.
     pub async fn restart_containerd(&self) -> Result<()> {
         self.stop_containerd().await?;

@@ -6,9 +6,27 @@ use prost_types::Any;
 /// `containerd.runc.v1.Options`; fields that no test sets are left out.
 #[derive(Clone, PartialEq, Message)]
 pub struct Options {
+    /// Change the root with `MS_MOVE`.
+    #[prost(bool, tag = "1")]
+    pub no_pivot_root: bool,
+    /// Leave the session keyring as it is.
+    #[prost(bool, tag = "2")]
+    pub no_new_keyring: bool,
+    /// A cgroup for the shim itself.
+    #[prost(string, tag = "3")]
+    pub shim_cgroup: String,
+    /// Who owns the pipes of stdio.
+    #[prost(uint32, tag = "4")]
+    pub io_uid: u32,
+    /// As [`Options::io_uid`].
+    #[prost(uint32, tag = "5")]
+    pub io_gid: u32,
     /// The program to use in place of `runc`.
     #[prost(string, tag = "6")]
     pub binary_name: String,
+    /// Where runc keeps its state.
+    #[prost(string, tag = "7")]
+    pub root: String,
     /// A folder with a CRIU image: the task is created from it, and start restores.
     #[prost(string, tag = "10")]
     pub criu_image_path: String,

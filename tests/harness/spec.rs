@@ -90,7 +90,12 @@ pub(crate) fn container(of: &Builder<'_>) -> Value {
     }
     let namespaces: Vec<Value> = namespaces
         .iter()
-        .map(|kind| json!({"type": kind}))
+        .map(|&kind| match of.pids_of {
+            Some(pid) if kind == "pid" => {
+                json!({"type": kind, "path": format!("/proc/{pid}/ns/pid")})
+            }
+            _ => json!({"type": kind}),
+        })
         .collect();
     let mut resources = json!({"devices": [{"allow": false, "access": "rwm"}]});
     if let Some(limit) = of.memory_limit {

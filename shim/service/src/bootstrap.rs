@@ -25,6 +25,10 @@ use containerd_shim::{
     bootstrap::{BootstrapParams, BootstrapResult},
 };
 use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
+use rustix::{
+    process::getpid,
+    thread::{CoreSchedulingScope, create_core_scheduling_cookie},
+};
 
 use crate::{
     bundle::{Annotations, RuncOptions},
@@ -220,6 +224,12 @@ fn spawn_server(
         .stderr(Stdio::null())
         .process_group(0);
     crate::sys::pass_fd(&mut command, listener.as_raw_fd(), LISTENER_FD);
+    if std::env::var_os("SCHED_CORE").is_some_and(|wish| !wish.is_empty()) {
+        // What is forked from here on, the containers too, shares no core with others.
+        create_core_scheduling_cookie(getpid(), CoreSchedulingScope::ProcessGroup).map_err(
+            Error::io("core scheduling, which containerd's `sched_core` asks for"),
+        )?;
+    }
     #[allow(clippy::disallowed_methods, reason = "the launch of the server")]
     let child = command
         .spawn()

@@ -305,13 +305,21 @@ impl Container {
     pub(crate) async fn kill(&self, signal: u32, all: bool) -> Result<(), Error> {
         let _unanswered = self.kill_gate.read().await;
         let state = self.admit(Request::Kill)?;
-        if matches!(state, State::Stopped(_)) {
-            return Err(Error::Finished(self.fixed.id.clone()));
+        let finished = || Error::Finished(self.fixed.id.clone());
+        match state {
+            // runc has nothing against ending all there is of what has ended.
+            State::Stopped(_) if !all => return Err(finished()),
+            State::CreatedFromImage => return self.kill_restore(signal),
+            _ => {}
         }
-        if state == State::CreatedFromImage {
-            return self.kill_restore(signal);
-        }
-        Ok(self.fixed.runc.kill(signal, all).await?)
+        let killed = self.fixed.runc.kill(signal, all).await;
+        killed.map_err(|error| {
+            if error.is_gone() {
+                finished()
+            } else {
+                error.into()
+            }
+        })
     }
 
     /// Removes what is left of an ended, or never started, container.

@@ -25,6 +25,14 @@ pub(crate) enum Error {
     Denied(#[from] Denied),
     #[error("container {0}: its init has ended, so nothing can be started in it")]
     InitEnded(String),
+    #[error("cannot {action} exec {exec}: {reason}")]
+    Exec {
+        action: &'static str,
+        exec: String,
+        reason: &'static str,
+    },
+    #[error("exec {0}: it has no process yet; start it first")]
+    NotStarted(String),
     #[error("process {0}: already finished")]
     Finished(String),
     #[error(transparent)]
@@ -88,10 +96,11 @@ impl Error {
             | Self::Finished(_)
             | Self::NoCgroup(_) => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
-            Self::InitEnded(_) | Self::Phase(_) | Self::Data(_) => Code::FAILED_PRECONDITION,
+            Self::InitEnded(_) | Self::NotStarted(_) | Self::Phase(_) | Self::Data(_) => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Plan(_) | Self::Argument { .. } => Code::INVALID_ARGUMENT,
-            Self::Runc(error) if error.is_gone() => Code::NOT_FOUND,
-            // Go wraps neither its state refusals nor runc's errors in a class.
+            // Go wraps neither its state refusals nor runc's errors in a class, kills apart.
             _ => Code::UNKNOWN,
         }
     }

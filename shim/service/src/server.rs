@@ -78,16 +78,16 @@ async fn serve(flags: &Flags) -> Result<(), Error> {
     })?;
     tracing::info!(pid = std::process::id(), "serving");
 
-    let mut terminate =
-        signal(SignalKind::terminate()).map_err(Error::io("listening for SIGTERM"))?;
-    // A polite request to end is ignored while containers run, as the Go shim does: their life is
-    // containerd's decision.
-    loop {
-        tokio::select! {
-            () = service.shutdown.notified() => break,
-            _ = terminate.recv() => tracing::debug!("SIGTERM is left to containerd"),
-        }
+    // To end is containerd's decision. USR1 asks the shim that containerd ships for its stacks. A handler stays when its
+    // stream is dropped.
+    for kind in [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::user_defined1(),
+    ] {
+        drop(signal(kind).map_err(Error::io("ignoring a signal"))?);
     }
+    service.shutdown.notified().await;
     // The answer to `Shutdown` has to leave before the connection does.
     server.stop_listen().await;
     // Before the wait: the next shim of the pod may listen there.

@@ -288,12 +288,11 @@ impl Task for TaskService {
         } else {
             let exec = container.exec(&request.exec_id)?;
             response.id.clone_from(&request.exec_id);
-            let (status, exit) = exec.status();
-            // Whatever is in a container that stands still stands still.
-            let status = match container.view().state {
-                paused @ (State::Pausing | State::Paused) => paused.status(),
-                _ => status,
-            };
+            let (mut status, exit) = exec.status();
+            // What stands still does so with all its processes.
+            if let state @ (State::Pausing | State::Paused) = container.view().state {
+                status = state.status();
+            }
             (status, exec.view().pid, exec.streams().clone(), exit)
         };
         response.status = status.into();

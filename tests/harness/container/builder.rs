@@ -28,6 +28,7 @@ pub struct Builder<'n> {
     detached: bool,
     pub(crate) host_network: bool,
     pub(crate) memory_limit: Option<u64>,
+    pub(crate) pids_of: Option<u32>,
     pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) binds: Vec<(String, String, bool)>,
     runtime: String,
@@ -51,6 +52,7 @@ impl<'n> Builder<'n> {
             detached: false,
             host_network: false,
             memory_limit: None,
+            pids_of: None,
             annotations: BTreeMap::new(),
             binds: Vec::new(),
             runtime: "io.containerd.runc.v2".into(),
@@ -125,6 +127,12 @@ impl<'n> Builder<'n> {
         self
     }
 
+    /// Lets it join the PID namespace of a process of the node.
+    pub fn pids_of(mut self, pid: u32) -> Self {
+        self.pids_of = Some(pid);
+        self
+    }
+
     /// One more annotation.
     pub fn annotation(mut self, key: &str, value: &str) -> Self {
         self.annotations.insert(key.to_owned(), value.to_owned());
@@ -146,6 +154,12 @@ impl<'n> Builder<'n> {
     /// The runtime's name for containerd, where it is not `io.containerd.runc.v2`.
     pub fn runtime(mut self, name: &str) -> Self {
         self.runtime = name.to_owned();
+        self
+    }
+
+    /// The options of its runtime; comes before [`Builder::restore_from`], which sets one of them.
+    pub fn options(mut self, options: Options) -> Self {
+        self.options = options;
         self
     }
 

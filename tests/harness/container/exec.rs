@@ -17,6 +17,7 @@ pub struct ExecBuilder<'c, 'n> {
     env: Vec<String>,
     cwd: String,
     user: (u32, u32),
+    open_files: Option<u64>,
     terminal: bool,
     stdin: bool,
     detached: bool,
@@ -31,6 +32,7 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
             env: Vec::new(),
             cwd: "/".into(),
             user: (0, 0),
+            open_files: None,
             terminal: false,
             stdin: false,
             detached: false,
@@ -52,6 +54,12 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
     /// As whom it runs.
     pub fn user(mut self, uid: u32, gid: u32) -> Self {
         self.user = (uid, gid);
+        self
+    }
+
+    /// How many files it may have open.
+    pub fn open_files(mut self, limit: u64) -> Self {
+        self.open_files = Some(limit);
         self
     }
 
@@ -80,7 +88,11 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
             true => Stdio::none(),
             false => Stdio::open(self.container.node, &name, self.stdin, self.terminal)?,
         };
-        let process = spec::process(&self.args, &self.env, &self.cwd, self.user, self.terminal);
+        let mut process = spec::process(&self.args, &self.env, &self.cwd, self.user, self.terminal);
+        if let Some(limit) = self.open_files {
+            process["rlimits"] =
+                serde_json::json!([{"type": "RLIMIT_NOFILE", "hard": limit, "soft": limit}]);
+        }
         let request = api::ExecProcessRequest {
             container_id: self.container.id.clone(),
             stdin: io.stdin.clone(),

@@ -32,6 +32,19 @@ pub(crate) async fn exec_has_its_own_environment_folder_and_user(stage: &Stage) 
     task.remove().await
 }
 
+pub(crate) async fn exec_has_its_own_limits(stage: &Stage) -> Result<()> {
+    let task = stage
+        .container("exec-limits")
+        .shell("ulimit -n; sleep 1000");
+    let task = task.run().await?;
+    let exec = task.exec("limited", &["sh", "-c", "ulimit -n"]);
+    let exec = exec.open_files(77).run().await?;
+    assert_eq!(exec.io().out()?.text().await?, "77\n");
+    let out = task.io().out()?;
+    out.until("its own limit", |text| text == "1024\n").await?;
+    task.remove().await
+}
+
 pub(crate) async fn exec_reports_its_own_status(stage: &Stage) -> Result<()> {
     let task = stage
         .container("exec-status")

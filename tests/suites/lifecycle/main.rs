@@ -4,15 +4,20 @@
 //! `REKINDLE_RUNTIMES=go` (or `rekindle`) leaves the other one out.
 
 mod alike;
+mod broken;
 mod checkpoint;
 mod exec;
+mod exits;
 mod given_up;
 mod io;
 mod metrics;
 mod oom;
+mod options;
 mod pause;
 mod process;
 mod recovery;
+mod refusals;
+mod server;
 
 use anyhow::{Result, anyhow};
 use containerd_client::tonic::{Code, Status};
@@ -116,6 +121,7 @@ both! {
     }
     exec {
         exec_has_its_own_environment_folder_and_user
+        exec_has_its_own_limits
         exec_reports_its_own_status
         exec_on_a_terminal
         exec_stdin_can_be_closed
@@ -154,5 +160,55 @@ both! {
         a_restored_task_can_be_checkpointed_again
         a_created_task_is_not_checkpointed
         a_broken_image_fails_the_start_and_leaves_nothing
+    }    refusals {
+        an_unknown_container_is_not_found_by_the_shim
+        an_unknown_process_is_not_found_by_the_shim
+        a_second_create_changes_nothing
+        a_root_that_cannot_be_mounted_leaves_nothing
+        checkpoint_options_of_another_kind_are_refused
+        an_exec_that_was_not_started_waits_or_goes
+        what_never_ran_ends_when_it_is_deleted
+        a_running_exec_is_neither_started_again_nor_deleted
+        an_ended_exec_is_only_deleted
+        an_exec_that_could_not_start_is_only_deleted
+        of_two_execs_of_one_id_one_is_added
+        an_exec_that_is_no_json_is_refused
+        a_created_task_takes_an_exec_and_a_kill
+        a_stopped_task_is_only_looked_at_and_deleted
+        a_paused_tasks_execs_are_paused
+        a_task_from_an_image_has_no_process_yet
+    }    exits {
+        an_exit_is_kept_until_somebody_asks
+        with_an_init_in_anothers_pid_namespace_all_end
+        an_orphan_is_adopted_and_reaped
+    }
+    options {
+        runc_is_called_as_the_options_say
+        a_killed_shims_container_is_found_where_the_options_say
+        stdio_belongs_to_whom_the_options_say
+        criu_works_where_the_options_say
+    }
+    server {
+        connect_tells_the_pids_of_shim_and_task
+        a_shutdown_is_ignored_while_there_is_a_container
+        a_signal_to_the_shim_ends_no_container
+        the_shim_dies_of_no_memory_before_containerd
+        the_shim_lives_in_the_cgroup_of_the_options
+        a_shim_cgroup_that_is_missing_fails_the_creation
+        containers_of_a_group_share_a_shim
+        a_binary_that_is_replaced_changes_no_running_container
+        the_delete_command_answers_for_what_never_was
+        start_fails_where_the_spec_is_no_json
+        the_shim_tells_about_itself_without_runc
+    }    broken {
+        what_runc_fails_at_has_not_happened
+        a_start_that_runc_fails_at_can_be_tried_again
+        without_a_pid_there_is_no_container
+        a_stream_that_is_gone_fails_the_creation
+        a_stream_that_is_gone_fails_the_exec_alone
+        a_stream_that_is_gone_fails_the_restore
+        a_restore_that_failed_is_not_tried_again
+        a_busy_root_is_let_go
+        delete_goes_on_without_the_notes_of_the_create
     }
 }

@@ -8,7 +8,7 @@ use rekindle_harness::{Node, NodeConfig, Runtime, images, poll};
 use tokio::net::UnixListener;
 
 /// The tests of this module stop containerd, so each has a node of its own.
-async fn own_stage(of: &Stage) -> Result<Stage> {
+pub(crate) async fn own_stage(of: &Stage) -> Result<Stage> {
     let node = Node::start(NodeConfig::new(of.node.runtime())?).await?;
     let busybox = images::busybox()?;
     node.import(&busybox).await?;

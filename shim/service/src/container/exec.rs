@@ -94,6 +94,9 @@ impl Exec {
     }
 
     pub(crate) fn resize(&self, width: u16, height: u16) -> Result<(), Error> {
+        if matches!(self.view().state, ExecState::Stopped(_)) {
+            return Err(self.refuse("resize the terminal of", "it has ended"));
+        }
         lock(&self.io)
             .as_ref()
             .map_or(Ok(()), |io| io.resize(width, height))
@@ -105,17 +108,21 @@ impl Exec {
         }
     }
 
+    fn refuse(&self, action: &'static str, reason: &'static str) -> Error {
+        Error::Exec {
+            action,
+            exec: self.id.clone(),
+            reason,
+        }
+    }
+
     /// Signals it. Its pid is ours to reap, so it cannot have been given to another process.
     pub(crate) fn kill(&self, signal: u32) -> Result<(), Error> {
         let ExecView { state, pid } = self.view();
         match state {
             ExecState::Stopped(_) => return Err(Error::Finished(self.id.clone())),
             ExecState::Created | ExecState::Starting | ExecState::Failed(_) => {
-                let reason = "it has no process".to_owned();
-                return Err(Error::Argument {
-                    key: format!("kill of exec {}", self.id),
-                    reason,
-                });
+                return Err(Error::NotStarted(self.id.clone()));
             }
             ExecState::Running => {}
         }
@@ -202,13 +209,10 @@ impl Container {
             first
         });
         if !mine {
-            let reason =
-                "it was started already; whether that failed or not, this needs an exec of its own"
-                    .to_owned();
-            return Err(Error::Argument {
-                key: format!("start of exec {id}"),
-                reason,
-            });
+            return Err(exec.refuse(
+                "start",
+                "it was started already; whether that failed or not, this needs an exec of its own",
+            ));
         }
         self.running_execs.send_modify(|count| *count += 1);
         // In a task of its own: a caller that gives up must not leave a half-started process behind.
@@ -316,11 +320,7 @@ impl Container {
     pub(crate) async fn delete_exec(&self, id: &str) -> Result<(i32, Exit), Error> {
         let exec = self.exec(id)?;
         if exec.is_running() {
-            let reason = "it is running; kill it first".to_owned();
-            return Err(Error::Argument {
-                key: format!("delete of exec {id}"),
-                reason,
-            });
+            return Err(exec.refuse("delete", "it is running; kill it first"));
         }
         let io = lock(&exec.io).take();
         if let Some(mut io) = io {
