@@ -336,10 +336,6 @@ impl Container {
     pub(crate) async fn delete(self: &Arc<Self>) -> Result<(View, Exit), Error> {
         self.queue(|this| async move {
             let state = this.admit(Request::Delete)?;
-            let io = lock(&this.io).take();
-            if let Some(mut io) = io {
-                io.drain().await;
-            }
             let runc = &this.fixed.runc;
             if runc.has_state() {
                 let deleted = match state {
@@ -348,6 +344,10 @@ impl Container {
                     _ => runc.remove(this.fixed.cgroup.as_deref()).await,
                 };
                 deleted.or_else(|error| if error.is_gone() { Ok(()) } else { Err(error) })?;
+            }
+            let io = lock(&this.io).take();
+            if let Some(mut io) = io {
+                io.drain().await;
             }
             if state == State::CreatedFromImage {
                 // What was staged for a start that never came; after one that failed nothing is left of it.

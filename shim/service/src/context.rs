@@ -17,6 +17,7 @@ use crate::{
     events::Events,
     exits::Exits,
     host::HostFacts,
+    io::Owner,
     rootfs::Rootfs,
     runc::Runc,
     threads::blocking,
@@ -68,6 +69,17 @@ pub(crate) struct Fixed {
 }
 
 impl Fixed {
+    /// Of the streams of its init, or of an exec: a logging program is told the id of that, as by the Go shim.
+    pub(crate) fn owner<'a>(&'a self, id: &'a str) -> Owner<'a> {
+        Owner {
+            namespace: &self.shared.namespace,
+            id,
+            uid: self.options.io_uid,
+            gid: self.options.io_gid,
+            exits: &self.shared.exits,
+        }
+    }
+
     pub(crate) fn staged(&self) -> MutexGuard<'_, Staged> {
         self.staged.lock().unwrap_or_else(PoisonError::into_inner)
     }

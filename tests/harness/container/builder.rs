@@ -26,6 +26,7 @@ pub struct Builder<'n> {
     pub(crate) terminal: bool,
     stdin: bool,
     detached: bool,
+    log_uri: Option<String>,
     pub(crate) host_network: bool,
     pub(crate) memory_limit: Option<u64>,
     pub(crate) annotations: BTreeMap<String, String>,
@@ -49,6 +50,7 @@ impl<'n> Builder<'n> {
             terminal: false,
             stdin: false,
             detached: false,
+            log_uri: None,
             host_network: false,
             memory_limit: None,
             annotations: BTreeMap::new(),
@@ -110,6 +112,12 @@ impl<'n> Builder<'n> {
     /// Gives it no stdio.
     pub fn detached(mut self) -> Self {
         self.detached = true;
+        self
+    }
+
+    /// Sends its output to a URI (`binary://`, `file://`).
+    pub fn log_uri(mut self, uri: &str) -> Self {
+        self.log_uri = Some(uri.to_owned());
         self
     }
 
@@ -179,9 +187,10 @@ impl<'n> Builder<'n> {
             .image
             .as_ref()
             .with_context(|| format!("container {} was given no image", self.id))?;
-        let io = match self.detached {
-            true => Stdio::none(),
-            false => Stdio::open(self.node, &self.id, self.stdin, self.terminal)?,
+        let io = match &self.log_uri {
+            _ if self.detached => Stdio::none(),
+            Some(uri) => Stdio::to(uri, self.terminal),
+            None => Stdio::open(self.node, &self.id, self.stdin, self.terminal)?,
         };
         let snapshot = format!("{}-snapshot", self.id);
         let prepare = PrepareSnapshotRequest {

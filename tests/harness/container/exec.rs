@@ -19,6 +19,7 @@ pub struct ExecBuilder<'c, 'n> {
     user: (u32, u32),
     terminal: bool,
     stdin: bool,
+    log_uri: Option<String>,
 }
 
 impl<'c, 'n> ExecBuilder<'c, 'n> {
@@ -32,6 +33,7 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
             user: (0, 0),
             terminal: false,
             stdin: false,
+            log_uri: None,
         }
     }
 
@@ -65,10 +67,19 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
         self
     }
 
+    /// Sends its output to a URI (`binary://`, `file://`).
+    pub fn log_uri(mut self, uri: &str) -> Self {
+        self.log_uri = Some(uri.to_owned());
+        self
+    }
+
     /// Adds it to the container, not started; containerd's answer apart, for tests of refusals.
     pub async fn try_add(self) -> Result<(Exec<'c, 'n>, Answer<()>)> {
         let name = format!("{}-{}", self.container.id, self.exec_id);
-        let io = Stdio::open(self.container.node, &name, self.stdin, self.terminal)?;
+        let io = match &self.log_uri {
+            Some(uri) => Stdio::to(uri, self.terminal),
+            None => Stdio::open(self.container.node, &name, self.stdin, self.terminal)?,
+        };
         let process = spec::process(&self.args, &self.env, &self.cwd, self.user, self.terminal);
         let request = api::ExecProcessRequest {
             container_id: self.container.id.clone(),

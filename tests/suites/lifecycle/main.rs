@@ -7,6 +7,7 @@ mod checkpoint;
 mod exec;
 mod given_up;
 mod io;
+mod loggers;
 mod metrics;
 mod oom;
 mod pause;
@@ -112,6 +113,21 @@ both! {
         closing_stdin_ends_it
         a_terminal_echoes_and_is_resized
         no_stdio_is_fine
+    }
+    loggers {
+        a_logging_program_gets_both_outputs
+        a_terminal_goes_to_a_logging_program
+        an_exec_has_a_logging_program_of_its_own
+        a_dead_logging_program_breaks_the_pipes
+        one_that_does_not_end_is_killed
+        one_that_is_missing_fails_the_creation
+        one_that_is_never_ready_fails_the_creation
+        a_failed_creation_ends_its_logging_program
+        a_killed_shim_leaves_no_logging_program
+        what_has_a_logging_program_continues_from_an_image
+        output_goes_to_a_file
+        an_unknown_scheme_is_refused_by_name
+        ctr_names_a_logging_program
     }
     exec {
         exec_has_its_own_environment_folder_and_user

@@ -16,8 +16,8 @@ use tokio::sync::watch;
 use super::{Container, lock, timestamp};
 use crate::{
     error::Error,
-    exits::Exit,
-    io::{ConsoleSocket, ProcessIo, Streams},
+    exits::{Exit, ExitOf},
+    io::{ConsoleSocket, ProcessIo, Streams, Theirs},
     lifecycle::{Request, State},
     runc::{DEADLINE, read_pid},
     sys,
@@ -228,22 +228,48 @@ impl Container {
     }
 
     async fn run_exec(self: &Arc<Self>, exec: &Arc<Exec>) -> Result<i32, Error> {
+        let owner = self.fixed.owner(&exec.id);
+        let (mut io, theirs) = ProcessIo::prepare(exec.streams.clone(), owner).await?;
+        let (pid, exit) = match self.launch_exec(exec, &mut io, theirs).await {
+            Ok(launched) => launched,
+            Err(error) => {
+                io.drain().await;
+                return Err(error);
+            }
+        };
+        *lock(&exec.io) = Some(io);
+        exec.view.send_modify(|view| {
+            *view = ExecView {
+                state: ExecState::Running,
+                pid,
+            }
+        });
+
+        let mut event = TaskExecStarted::new();
+        event.container_id.clone_from(&self.fixed.id);
+        event.exec_id.clone_from(&exec.id);
+        event.pid = pid.cast_unsigned();
+        self.events.send(event);
+        let (this, exec) = (Arc::clone(self), Arc::clone(exec));
+        tokio::spawn(async move { this.exec_ended(&exec, pid, exit.await) });
+        Ok(pid)
+    }
+
+    /// `runc exec`.
+    async fn launch_exec(
+        &self,
+        exec: &Exec,
+        io: &mut ProcessIo,
+        theirs: Theirs,
+    ) -> Result<(i32, ExitOf), Error> {
         let fixed = &self.fixed;
         let file = |suffix: &str| fixed.bundle.join(format!("exec-{}.{suffix}", exec.id));
         let (spec_file, pid_file) = (file("json"), file("pid"));
-        fs::write(&spec_file, exec.process.to_string())
-            .map_err(Error::file("writing", &spec_file))?;
-        let (mut io, theirs) = ProcessIo::prepare(
-            exec.streams.clone(),
-            fixed.options.io_uid,
-            fixed.options.io_gid,
-        )?;
         let socket = exec
             .streams
             .terminal
             .then(ConsoleSocket::bind)
             .transpose()?;
-
         let (mut command, log) = fixed.runc.command("exec");
         command
             .arg("--process")
@@ -256,9 +282,14 @@ impl Container {
         }
         command.arg(&fixed.id);
         theirs.give(&mut command);
+        fs::write(&spec_file, exec.process.to_string())
+            .map_err(Error::file("writing", &spec_file))?;
         let window = fixed.runc.exits.window();
-        let running = fixed.runc.spawn("exec", command, log)?;
-        let result = fixed.runc.wait(running, DEADLINE).await;
+        let ran = async {
+            let running = fixed.runc.spawn("exec", command, log)?;
+            fixed.runc.wait(running, DEADLINE).await
+        };
+        let result = ran.await;
         let _ = fs::remove_file(&spec_file);
         result?;
         let pid = read_pid(&pid_file)?;
@@ -277,22 +308,7 @@ impl Container {
             exit.await;
             return Err(error);
         }
-        *lock(&exec.io) = Some(io);
-        exec.view.send_modify(|view| {
-            *view = ExecView {
-                state: ExecState::Running,
-                pid,
-            }
-        });
-
-        let mut event = TaskExecStarted::new();
-        event.container_id.clone_from(&fixed.id);
-        event.exec_id.clone_from(&exec.id);
-        event.pid = pid.cast_unsigned();
-        self.events.send(event);
-        let (this, exec) = (Arc::clone(self), Arc::clone(exec));
-        tokio::spawn(async move { this.exec_ended(&exec, pid, exit.await) });
-        Ok(pid)
+        Ok((pid, exit))
     }
 
     fn exec_ended(&self, exec: &Exec, pid: i32, exit: Exit) {

@@ -104,12 +104,21 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
         runc,
         criu,
     };
-    match build(&fixed, &spec, &request, began).await {
-        Ok((io, how)) => Ok(Created { fixed, io, how }),
+    let streams = Streams {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    };
+    let prepare = ProcessIo::prepare(streams, fixed.owner(&fixed.id));
+    let (mut io, theirs) = step(&fixed.id, "streams", prepare).await?;
+    match build(&fixed, &spec, &request, began, &mut io, theirs).await {
+        Ok(how) => Ok(Created { fixed, io, how }),
         Err(error) => {
             if let Err(error) = fixed.take_back().await {
                 tracing::warn!(%error, "undoing a failed create");
             }
+            io.drain().await;
             Err(error)
         }
     }
@@ -120,26 +129,21 @@ async fn build(
     spec: &Spec,
     request: &CreateTaskRequest,
     began: Instant,
-) -> Result<(ProcessIo, How), Error> {
+    io: &mut ProcessIo,
+    theirs: Theirs,
+) -> Result<How, Error> {
     // Create and start share one budget: the kubelet gives both together 120 s.
     let budget = fixed.shared.node.deadlines.container;
     let left = || budget.saturating_sub(began.elapsed());
     let id = fixed.id.clone();
     let source = step(&id, "image", Source::open(fixed, spec, request, left())).await?;
     step(&id, "rootfs", fixed.rootfs.mount()).await?;
-    let streams = Streams {
-        stdin: request.stdin.clone(),
-        stdout: request.stdout.clone(),
-        stderr: request.stderr.clone(),
-        terminal: request.terminal,
-    };
-    let (mut io, theirs) = ProcessIo::prepare(streams, fixed.options.io_uid, fixed.options.io_gid)?;
     if let Some(mut source) = source {
         source.give(theirs, left());
-        return Ok((io, How::Image(source)));
+        return Ok(How::Image(source));
     }
-    let (pid, exit) = launch(fixed, &mut io, theirs, left()).await?;
-    Ok((io, How::Init { pid, exit }))
+    let (pid, exit) = launch(fixed, io, theirs, left()).await?;
+    Ok(How::Init { pid, exit })
 }
 
 /// `runc create`: the init exists and waits to be started.

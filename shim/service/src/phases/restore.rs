@@ -192,9 +192,7 @@ pub(crate) async fn cold(fixed: &Fixed, io: &mut ProcessIo) -> Result<(i32, Exit
     let started = async {
         fixed.take_back().await?;
         step(&fixed.id, "rootfs", fixed.rootfs.mount()).await?;
-        let (uid, gid) = (fixed.options.io_uid, fixed.options.io_gid);
-        let (fresh, theirs) = ProcessIo::prepare(io.streams().clone(), uid, gid)?;
-        *io = fresh;
+        let theirs = io.renew(fixed.owner(&fixed.id)).await?;
         let launched = launch(fixed, io, theirs, DEADLINE).await?;
         fixed.runc.start().await?;
         Ok(launched)
