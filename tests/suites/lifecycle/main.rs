@@ -13,6 +13,7 @@ mod oom;
 mod pause;
 mod process;
 mod recovery;
+mod users;
 
 use anyhow::{Result, anyhow};
 use containerd_client::tonic::{Code, Status};
@@ -142,6 +143,9 @@ both! {
     }
     metrics {
         metrics_tell_what_the_kubelet_asks_for
+    }
+    users {
+        a_container_has_users_of_its_own
     }
     oom {
         a_kill_for_want_of_memory_is_told_while_the_task_runs
