@@ -26,11 +26,7 @@ use containerd_shim::{
 };
 use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
 
-use crate::{
-    bundle::{Annotations, RuncOptions},
-    error::Error,
-    node,
-};
+use crate::{bundle::Annotations, error::Error, node, options::RuncOptions};
 
 /// Where the listening socket is in the server.
 pub(crate) const LISTENER_FD: i32 = 3;

@@ -10,7 +10,6 @@ use rekindle_checkpoint::archive::{Made, open_dir};
 use rekindle_core::{config::NodeConfig, plan::Plan};
 
 use crate::{
-    bundle::RuncOptions,
     criu::CriuConfig,
     data::{Data, DatasetMount},
     error::Error,
@@ -18,6 +17,7 @@ use crate::{
     exits::Exits,
     host::HostFacts,
     io::Owner,
+    options::RuncOptions,
     rootfs::Rootfs,
     runc::Runc,
     threads::blocking,

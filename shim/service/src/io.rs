@@ -35,6 +35,13 @@ pub(crate) struct Streams {
     pub(crate) terminal: bool,
 }
 
+impl Streams {
+    /// Refuses what is not understood, before anything is made for it.
+    pub(crate) fn admit(&self) -> Result<(), Error> {
+        Endpoints::parse(self).map(drop)
+    }
+}
+
 /// Whose streams they are.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Owner<'a> {

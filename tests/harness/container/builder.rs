@@ -157,6 +157,12 @@ impl<'n> Builder<'n> {
         self
     }
 
+    /// The OCI runtime to use in place of `runc`.
+    pub fn binary(mut self, program: &str) -> Self {
+        self.options.binary_name = program.to_owned();
+        self
+    }
+
     /// Creates the task from a CRIU image in a folder of the node: its start restores.
     pub fn restore_from(mut self, folder: &str) -> Self {
         self.options.criu_image_path = folder.to_owned();

@@ -144,18 +144,7 @@ impl Exec<'_, '_> {
 
     /// Starts it; the pid.
     pub async fn start(&self) -> Answer<u32> {
-        let request = api::StartRequest {
-            container_id: self.container.id.clone(),
-            exec_id: self.exec_id.clone(),
-        };
-        Ok(self
-            .container
-            .client
-            .tasks()
-            .start(ask(request))
-            .await?
-            .into_inner()
-            .pid)
+        self.container.start_exec(&self.exec_id).await
     }
 
     /// Its process record.
@@ -190,20 +179,6 @@ impl Exec<'_, '_> {
 
     /// Deletes it, which must have ended; how it ended.
     pub async fn delete(&self) -> Answer<Ended> {
-        let request = api::DeleteProcessRequest {
-            container_id: self.container.id.clone(),
-            exec_id: self.exec_id.clone(),
-        };
-        let answer = self
-            .container
-            .client
-            .tasks()
-            .delete_process(ask(request))
-            .await?
-            .into_inner();
-        Ok(Ended {
-            status: answer.exit_status,
-            pid: answer.pid,
-        })
+        self.container.delete_exec(&self.exec_id).await
     }
 }

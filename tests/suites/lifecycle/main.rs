@@ -14,6 +14,7 @@ mod pause;
 mod process;
 mod recovery;
 mod users;
+mod wrong;
 
 use anyhow::{Result, anyhow};
 use containerd_client::tonic::{Code, Status};
@@ -146,6 +147,14 @@ both! {
     }
     users {
         a_container_has_users_of_its_own
+    }
+    wrong {
+        a_missing_runtime_is_named
+        a_missing_criu_is_named
+        an_exec_that_is_no_process_is_refused
+        output_that_nobody_reads_holds_nobody_up
+        a_fifo_that_is_not_there_is_refused
+        ten_thousand_mounts_are_refused_by_the_first_that_fails
     }
     oom {
         a_kill_for_want_of_memory_is_told_while_the_task_runs

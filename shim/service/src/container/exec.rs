@@ -6,7 +6,7 @@ use std::{
 };
 
 use containerd_shim_protos::{
-    api::ProcessInfo,
+    api::{ExecProcessRequest, ProcessInfo},
     events::task::{TaskExecAdded, TaskExecStarted, TaskExit},
     protobuf::{Message, MessageField, well_known_types::any::Any},
 };
@@ -19,6 +19,7 @@ use crate::{
     exits::{Exit, ExitOf},
     io::{ConsoleSocket, ProcessIo, Streams, Theirs},
     lifecycle::{Request, State},
+    names,
     runc::{DEADLINE, read_pid},
     sys,
 };
@@ -54,10 +55,41 @@ pub(crate) struct Exec {
 /// A call to add one.
 #[derive(Debug)]
 pub(crate) struct ExecRequest {
-    pub(crate) id: String,
+    id: String,
     /// The OCI process, as JSON.
-    pub(crate) process: Vec<u8>,
-    pub(crate) streams: Streams,
+    process: Value,
+    streams: Streams,
+}
+
+impl ExecRequest {
+    /// Refuses what is no process, before anything is asked of its container.
+    pub(crate) fn parse(request: ExecProcessRequest) -> Result<Self, Error> {
+        let id = request.exec_id;
+        names::check("exec id", &id)?;
+        let streams = Streams {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        streams.admit()?;
+        let wrong = |reason: String| Error::Argument {
+            key: format!("process of exec {id}"),
+            reason,
+        };
+        let spec = request.spec.unwrap_or_default().value;
+        let mut process: Value =
+            serde_json::from_slice(&spec).map_err(|e| wrong(format!("not JSON: {e}")))?;
+        let object = process
+            .as_object_mut()
+            .ok_or_else(|| wrong("not a JSON object".to_owned()))?;
+        object.insert("terminal".to_owned(), json!(streams.terminal));
+        Ok(Self {
+            id,
+            process,
+            streams,
+        })
+    }
 }
 
 impl Exec {
@@ -150,19 +182,9 @@ impl Container {
     /// Adds an exec; it starts by a call of its own.
     pub(crate) fn add_exec(&self, request: ExecRequest) -> Result<(), Error> {
         self.admit(Request::Exec)?;
-        let wrong = |reason: String| Error::Argument {
-            key: format!("process of exec {}", request.id),
-            reason,
-        };
-        let mut process: Value =
-            serde_json::from_slice(&request.process).map_err(|e| wrong(e.to_string()))?;
-        let object = process
-            .as_object_mut()
-            .ok_or_else(|| wrong("not a JSON object".to_owned()))?;
-        object.insert("terminal".to_owned(), json!(request.streams.terminal));
         let exec = Exec {
             id: request.id.clone(),
-            process,
+            process: request.process,
             view: watch::Sender::new(ExecView {
                 state: ExecState::Created,
                 pid: 0,

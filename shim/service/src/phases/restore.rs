@@ -26,7 +26,7 @@ use super::{
     step,
 };
 use crate::{
-    bundle::Spec,
+    bundle::{INIT_PID, Spec},
     context::Fixed,
     criu::{self, CriuError, Purpose},
     error::{Error, sentence},
@@ -244,7 +244,7 @@ async fn start(
     }
     let spec = Spec::read(&fixed.bundle)?;
     fixed.criu.write(Purpose::Restore(images.flags()))?;
-    let pid_file = fixed.bundle.join("init.pid");
+    let pid_file = fixed.bundle.join(INIT_PID);
     std::fs::create_dir_all(work).map_err(Error::file("creating", work))?;
     let socket = io
         .streams()
