@@ -329,7 +329,14 @@ impl Container {
         if state == State::CreatedFromImage {
             return self.kill_restore(signal);
         }
-        Ok(self.fixed.runc.kill(signal, all).await?)
+        self.fixed.runc.kill(signal, all).await?;
+        if state == State::Paused && signal == libc::SIGKILL.cast_unsigned() {
+            // runc has thawed it for that; other OCI runtimes leave it frozen, and alive.
+            if let Err(error) = self.fixed.runc.resume().await {
+                tracing::debug!(%error, "thawing a killed container");
+            }
+        }
+        Ok(())
     }
 
     /// Removes what is left of an ended, or never started, container.

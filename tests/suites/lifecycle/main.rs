@@ -13,6 +13,7 @@ mod oom;
 mod pause;
 mod process;
 mod recovery;
+mod runtimes;
 mod users;
 mod wrong;
 
@@ -144,6 +145,13 @@ both! {
     }
     metrics {
         metrics_tell_what_the_kubelet_asks_for
+    }
+    runtimes {
+        crun_runs_a_container
+        crun_refuses_a_missing_program
+        crun_is_paused_and_killed
+        crun_runs_execs
+        our_own_type_has_its_options_in_a_file
     }
     users {
         a_container_has_users_of_its_own
