@@ -155,6 +155,7 @@ both! {
     }
     users {
         a_container_has_users_of_its_own
+        a_read_only_root_is_shown_with_them_too
     }
     wrong {
         a_missing_runtime_is_named
