@@ -14,7 +14,7 @@ CONTAINERD := github.com/containerd/containerd/v2@v2.1.9
 BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-build build node test test-unit test-suites test-dist parity lint demo bench dist dist-shim clean-cache
+.PHONY: help deps deps-build build node test test-unit test-suites test-dist soak parity lint demo bench dist dist-shim clean-cache
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ test-suites: build ## the suites that need a real containerd (as root)
 
 test-dist: deps build dist-shim ## the lifecycle suite on the shim that make dist makes (as root)
 	REKINDLE_BIN_DIR="$(CURDIR)/dist" REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle
+
+soak: deps build ## 500 containers and 1,000 execs, beside which shims and containerd are killed (as root)
+	REKINDLE_SOAK=1 $(CARGO) test --workspace --test soak -- --nocapture
 
 parity: ## docs/PARITY.md has a test or a reason in each row, and a row for each return of containerd's own shim
 	@source="$${CONTAINERD_SOURCE:-$$(go mod download -json $(CONTAINERD) 2>/dev/null | sed -n 's/^\t"Dir": "\(.*\)",*$$/\1/p')}"; \

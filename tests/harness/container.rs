@@ -70,17 +70,7 @@ impl<'n> Container<'n> {
 
     /// Starts what was created; the pid.
     pub async fn start(&self) -> Answer<u32> {
-        let request = api::StartRequest {
-            container_id: self.id.clone(),
-            exec_id: String::new(),
-        };
-        Ok(self
-            .client
-            .tasks()
-            .start(ask(request))
-            .await?
-            .into_inner()
-            .pid)
+        self.start_exec("").await
     }
 
     /// The state of its first process.
@@ -396,9 +386,14 @@ impl<'n> Container<'n> {
     /// Asks for one more process of an exec id that is taken.
     pub async fn exec_again(&self, exec_id: &str) -> Answer<()> {
         let process = crate::spec::process(&["true".into()], &[], "/", (0, 0), false);
+        self.add_exec(exec_id, &process.to_string()).await
+    }
+
+    /// Adds a process without stdio, described by whatever text.
+    pub async fn add_exec(&self, exec_id: &str, process: &str) -> Answer<()> {
         let spec = Any {
             type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
-            value: process.to_string().into_bytes(),
+            value: process.as_bytes().to_vec(),
         };
         let request = api::ExecProcessRequest {
             container_id: self.id.clone(),
@@ -407,6 +402,30 @@ impl<'n> Container<'n> {
             ..Default::default()
         };
         self.client.tasks().exec(ask(request)).await.map(drop)
+    }
+
+    /// Starts an added process; the pid.
+    pub async fn start_exec(&self, exec_id: &str) -> Answer<u32> {
+        let request = api::StartRequest {
+            container_id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        };
+        let answer = self.client.tasks().start(ask(request)).await?;
+        Ok(answer.into_inner().pid)
+    }
+
+    /// Deletes an added process, which must have ended; how it ended.
+    pub async fn delete_exec(&self, exec_id: &str) -> Answer<Ended> {
+        let request = api::DeleteProcessRequest {
+            container_id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+        };
+        let answer = self.client.tasks().delete_process(ask(request)).await?;
+        let answer = answer.into_inner();
+        Ok(Ended {
+            status: answer.exit_status,
+            pid: answer.pid,
+        })
     }
 
     /// The same container over a new connection, after containerd was away.

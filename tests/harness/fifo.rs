@@ -78,6 +78,16 @@ impl Stdio {
         }
     }
 
+    /// Output to a URI that the shim understands, as clients name it: for both streams.
+    pub fn to(uri: &str, terminal: bool) -> Stdio {
+        Stdio {
+            stdout: uri.to_owned(),
+            stderr: uri.to_owned(),
+            terminal,
+            ..Stdio::none()
+        }
+    }
+
     /// A writer to stdin. Both ends are opened, so this does not wait for the shim.
     pub fn writer(&self) -> Result<Writer> {
         let path = self

@@ -47,7 +47,7 @@ impl Suite {
 }
 
 const NODE_PACKAGES: &str = "containerd,runc,criu,iptables,iproute2,ca-certificates,procps,\
-                             containernetworking-plugins,busybox-static";
+                             containernetworking-plugins,busybox-static,crun";
 const TORCH_PACKAGES: &str =
     "python3-torch,python3-transformers,python3-tokenizers,python3-safetensors";
 

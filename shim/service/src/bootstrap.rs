@@ -30,11 +30,7 @@ use rustix::{
     thread::{CoreSchedulingScope, create_core_scheduling_cookie},
 };
 
-use crate::{
-    bundle::{Annotations, RuncOptions},
-    error::Error,
-    node,
-};
+use crate::{bundle::Annotations, error::Error, node, options::RuncOptions};
 
 /// Where the listening socket is in the server.
 pub(crate) const LISTENER_FD: i32 = 3;

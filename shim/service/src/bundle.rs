@@ -7,180 +7,23 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use containerd_shim_protos::{
-    protobuf::{Message, well_known_types::any::Any},
-    shim::oci::Options,
-};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{any, error::Error, rootfs, runc, threads::blocking};
+use crate::{error::Error, options::RuncOptions, rootfs, threads::blocking};
 
 /// Largest config.json that is read. Kubernetes' largest pods stay below 1 MiB.
 const MAX_CONFIG: u64 = 32 << 20;
 /// What the `delete` command needs to know after the shim was killed.
 const REMEMBERED: &str = "rekindle-shim.json";
+/// CRIU's configuration for this container.
+pub(crate) const CRIU_CONFIG: &str = "criu.conf";
+/// The pid of the container's init, written by runc.
+pub(crate) const INIT_PID: &str = "init.pid";
 /// Under Kubernetes lent by the sandbox.
 pub(crate) const SHM: &str = "/dev/shm";
 /// Names runc's CRIU configuration file (runc `docs/checkpoint-restore.md`).
 const CRIU_CONFIG_KEY: &str = "org.criu.config";
-
-const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
-/// What containerd sends for a runtime type of its own.
-const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
-
-/// `runc.v1.Options`, resolved.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub(crate) struct RuncOptions {
-    pub(crate) binary: String,
-    pub(crate) root: String,
-    pub(crate) systemd_cgroup: bool,
-    pub(crate) no_pivot_root: bool,
-    pub(crate) no_new_keyring: bool,
-    pub(crate) shim_cgroup: String,
-    pub(crate) io_uid: u32,
-    pub(crate) io_gid: u32,
-    pub(crate) criu_image_path: String,
-    pub(crate) criu_work_path: String,
-}
-
-/// [`RUNTIME_OPTIONS`]: the `[options]` table of containerd's configuration, as TOML in field 3.
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "PascalCase", default)]
-struct TomlOptions {
-    binary_name: String,
-    root: String,
-    systemd_cgroup: bool,
-    no_pivot_root: bool,
-    no_new_keyring: bool,
-    shim_cgroup: String,
-    io_uid: u32,
-    io_gid: u32,
-    criu_image_path: String,
-    criu_work_path: String,
-}
-
-impl RuncOptions {
-    /// Reads the options of a create call or of the `start` handshake.
-    pub(crate) fn parse(any: Option<&Any>) -> Result<Self, Error> {
-        let Some(any) = any.filter(|any| !any.type_url.is_empty()) else {
-            return Ok(Self::default());
-        };
-        let wrong = |reason: String| Error::Argument {
-            key: format!("runtime options {}", any.type_url),
-            reason,
-        };
-        if any::is(any, RUNC_OPTIONS) {
-            let options =
-                Options::parse_from_bytes(&any.value).map_err(|e| wrong(e.to_string()))?;
-            return Ok(options.into());
-        }
-        if any::is(any, RUNTIME_OPTIONS) {
-            let body = length_delimited_field(&any.value, 3)
-                .map_err(|e| wrong(e.to_owned()))?
-                .unwrap_or_default();
-            let text = std::str::from_utf8(body).map_err(|e| wrong(e.to_string()))?;
-            let options: TomlOptions = toml::from_str(text).map_err(|e| wrong(e.to_string()))?;
-            return Ok(options.into());
-        }
-        Err(wrong(format!(
-            "allowed are {RUNC_OPTIONS} and {RUNTIME_OPTIONS}"
-        )))
-    }
-
-    pub(crate) fn binary(&self) -> String {
-        if self.binary.is_empty() {
-            "runc".to_owned()
-        } else {
-            self.binary.clone()
-        }
-    }
-
-    pub(crate) fn root(&self, namespace: &str) -> PathBuf {
-        let root = if self.root.is_empty() {
-            runc::DEFAULT_ROOT
-        } else {
-            &self.root
-        };
-        Path::new(root).join(namespace)
-    }
-}
-
-impl From<Options> for RuncOptions {
-    fn from(o: Options) -> Self {
-        Self {
-            binary: o.binary_name,
-            root: o.root,
-            systemd_cgroup: o.systemd_cgroup,
-            no_pivot_root: o.no_pivot_root,
-            no_new_keyring: o.no_new_keyring,
-            shim_cgroup: o.shim_cgroup,
-            io_uid: o.io_uid,
-            io_gid: o.io_gid,
-            criu_image_path: o.criu_image_path,
-            criu_work_path: o.criu_work_path,
-        }
-    }
-}
-
-impl From<TomlOptions> for RuncOptions {
-    fn from(o: TomlOptions) -> Self {
-        Self {
-            binary: o.binary_name,
-            root: o.root,
-            systemd_cgroup: o.systemd_cgroup,
-            no_pivot_root: o.no_pivot_root,
-            no_new_keyring: o.no_new_keyring,
-            shim_cgroup: o.shim_cgroup,
-            io_uid: o.io_uid,
-            io_gid: o.io_gid,
-            criu_image_path: o.criu_image_path,
-            criu_work_path: o.criu_work_path,
-        }
-    }
-}
-
-/// The bytes of one length-delimited field of a protobuf message whose type is in no crate we use.
-pub(crate) fn length_delimited_field(
-    message: &[u8],
-    number: u32,
-) -> Result<Option<&[u8]>, &'static str> {
-    const SHORT: &str = "not a protobuf message";
-    fn varint(bytes: &mut &[u8]) -> Result<u64, &'static str> {
-        let mut value = 0u64;
-        for shift in (0..64).step_by(7) {
-            let (&byte, rest) = bytes.split_first().ok_or(SHORT)?;
-            *bytes = rest;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte & 0x80 == 0 {
-                return Ok(value);
-            }
-        }
-        Err(SHORT)
-    }
-    let mut rest = message;
-    while !rest.is_empty() {
-        let key = varint(&mut rest)?;
-        match key & 7 {
-            0 => {
-                varint(&mut rest)?;
-            }
-            2 => {
-                let length = usize::try_from(varint(&mut rest)?).map_err(|_| SHORT)?;
-                let (value, after) = rest.split_at_checked(length).ok_or(SHORT)?;
-                if key >> 3 == u64::from(number) {
-                    return Ok(Some(value));
-                }
-                rest = after;
-            }
-            1 => rest = rest.get(8..).ok_or(SHORT)?,
-            5 => rest = rest.get(4..).ok_or(SHORT)?,
-            _ => return Err(SHORT),
-        }
-    }
-    Ok(None)
-}
 
 /// What outlives the shim: written at create, read by the `delete` command.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -202,6 +45,13 @@ impl Remembered {
             .ok()
             .and_then(|text| serde_json::from_slice(&text).ok())
             .unwrap_or_default()
+    }
+}
+
+/// Removes what a create has put into a bundle, once nothing else is left of it.
+pub(crate) fn forget(bundle: &Path) {
+    for name in [REMEMBERED, CRIU_CONFIG, INIT_PID] {
+        let _ = fs::remove_file(bundle.join(name));
     }
 }
 
@@ -239,12 +89,18 @@ impl Annotations {
 }
 
 fn read_config(path: &Path) -> Result<Vec<u8>, Error> {
-    let size = fs::metadata(path)
-        .map_err(Error::file("reading", path))?
-        .len();
-    if size > MAX_CONFIG {
-        let reason =
-            format!("{size} bytes are more than a bundle's config.json has ({MAX_CONFIG} at most)");
+    let file = fs::metadata(path).map_err(Error::file("reading", path))?;
+    let size = file.len();
+    let wrong = if !file.is_file() {
+        Some("not a file".to_owned())
+    } else if size > MAX_CONFIG {
+        Some(format!(
+            "{size} bytes are more than a bundle's config.json has ({MAX_CONFIG} at most)"
+        ))
+    } else {
+        None
+    };
+    if let Some(reason) = wrong {
         return Err(Error::Argument {
             key: path.display().to_string(),
             reason,

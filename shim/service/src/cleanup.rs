@@ -6,13 +6,13 @@ use containerd_shim::Flags;
 use containerd_shim_protos::{api::DeleteResponse, protobuf::Message};
 
 use crate::{
-    bundle::{Remembered, Spec},
+    bundle::{INIT_PID, Remembered, Spec},
     cgroups,
     error::Error,
     exits::Exits,
     exits::timestamp,
     phases::restore,
-    rootfs,
+    rootfs::Rootfs,
     runc::{Runc, read_pid},
 };
 
@@ -55,11 +55,11 @@ pub(crate) fn run(flags: &Flags) -> Result<Vec<u8>, Error> {
     }
     // Only now: tasks whose pager is gone would read zeros.
     restore::end_orphaned_pager(&bundle);
-    rootfs::unmount_all(&bundle.join("rootfs"));
+    Rootfs::new(&bundle, Vec::new()).unmount();
     remove_dead_socket(&bundle);
 
     let mut response = DeleteResponse::new();
-    response.pid = read_pid(&bundle.join("init.pid"))
+    response.pid = read_pid(&bundle.join(INIT_PID))
         .unwrap_or_default()
         .cast_unsigned();
     response.exit_status = 128 + libc::SIGKILL.cast_unsigned();

@@ -313,23 +313,23 @@ impl Container {
             _ => {}
         }
         let killed = self.fixed.runc.kill(signal, all).await;
-        killed.map_err(|error| {
-            if error.is_gone() {
-                finished()
-            } else {
-                error.into()
+        killed.map_err(|error| match error.is_gone() {
+            true => finished(),
+            false => error.into(),
+        })?;
+        if state == State::Paused && signal == libc::SIGKILL.cast_unsigned() {
+            // runc has thawed it for that; other OCI runtimes leave it frozen, and alive.
+            if let Err(error) = self.fixed.runc.resume().await {
+                tracing::debug!(%error, "thawing a killed container");
             }
-        })
+        }
+        Ok(())
     }
 
     /// Removes what is left of an ended, or never started, container.
     pub(crate) async fn delete(self: &Arc<Self>) -> Result<(View, Exit), Error> {
         self.queue(|this| async move {
             let state = this.admit(Request::Delete)?;
-            let io = lock(&this.io).take();
-            if let Some(mut io) = io {
-                io.drain().await;
-            }
             let runc = &this.fixed.runc;
             if runc.has_state() {
                 let deleted = match state {
@@ -338,6 +338,10 @@ impl Container {
                     _ => runc.remove(this.fixed.cgroup.as_deref()).await,
                 };
                 deleted.or_else(|error| if error.is_gone() { Ok(()) } else { Err(error) })?;
+            }
+            let io = lock(&this.io).take();
+            if let Some(mut io) = io {
+                io.drain().await;
             }
             if state == State::CreatedFromImage {
                 // What was staged for a start that never came; after one that failed nothing is left of it.

@@ -10,13 +10,14 @@ use rekindle_checkpoint::archive::{Made, open_dir};
 use rekindle_core::{config::NodeConfig, plan::Plan};
 
 use crate::{
-    bundle::RuncOptions,
     criu::CriuConfig,
     data::{Data, DatasetMount},
     error::Error,
     events::Events,
     exits::Exits,
     host::HostFacts,
+    io::Owner,
+    options::RuncOptions,
     rootfs::Rootfs,
     runc::Runc,
     threads::blocking,
@@ -68,6 +69,17 @@ pub(crate) struct Fixed {
 }
 
 impl Fixed {
+    /// Of the streams of its init, or of an exec: a logging program is told the id of that, as by the Go shim.
+    pub(crate) fn owner<'a>(&'a self, id: &'a str) -> Owner<'a> {
+        Owner {
+            namespace: &self.shared.namespace,
+            id,
+            uid: self.options.io_uid,
+            gid: self.options.io_gid,
+            exits: &self.shared.exits,
+        }
+    }
+
     pub(crate) fn staged(&self) -> MutexGuard<'_, Staged> {
         self.staged.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -18,7 +18,7 @@ use containerd_shim_protos::{
 };
 use rekindle_checkpoint::manifest::DumpFlags;
 
-use crate::{any, bundle::length_delimited_field, error::Error};
+use crate::{any, bundle::CRIU_CONFIG, error::Error, options::length_delimited_field};
 
 const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 
@@ -137,7 +137,7 @@ impl CriuConfig {
     pub(crate) fn new(bundle: &Path, before: Option<&Path>) -> Self {
         let base = read_bounded(before.unwrap_or(Path::new(NODE_CONFIG)));
         Self {
-            path: bundle.join("criu.conf"),
+            path: bundle.join(CRIU_CONFIG),
             base: base.unwrap_or_default(),
         }
     }

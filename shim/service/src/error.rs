@@ -60,6 +60,12 @@ pub(crate) enum Error {
         doing: &'static str,
         source: io::Error,
     },
+    #[error("logging program {path} of {id}: {reason}", path = program.display())]
+    Logger {
+        program: PathBuf,
+        id: String,
+        reason: String,
+    },
     #[error("{0}")]
     Shim(#[from] containerd_shim::Error),
     #[error("container {0}: its cgroup does not exist, so there is nothing to measure")]

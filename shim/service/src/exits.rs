@@ -112,10 +112,15 @@ impl Exits {
 
     /// Kills a process that was started here, unless it has been reaped: its number may be another's then.
     pub(crate) fn kill(&self, child: &Child) {
+        self.signal(child, libc::SIGKILL);
+    }
+
+    /// Signals a process that was started here, unless it has been reaped.
+    pub(crate) fn signal(&self, child: &Child, signal: i32) {
         // Exits are told with the table locked.
         let _table = self.table();
         if !child.exit.has_come() {
-            let _ = sys::kill(child.pid, libc::SIGKILL);
+            let _ = sys::kill(child.pid, signal);
         }
     }
 

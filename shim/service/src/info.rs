@@ -10,7 +10,7 @@ use containerd_shim_protos::{
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
 
-use crate::{bundle::RuncOptions, error::Error};
+use crate::{error::Error, options::RuncOptions};
 
 /// The name that containerd knows the OCI features by (`typeurl` of runtime-spec's `Features`).
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";

@@ -21,8 +21,10 @@ mod info;
 mod io;
 mod lifecycle;
 mod logging;
+mod names;
 mod node;
 mod oom;
+mod options;
 mod phases;
 mod programs;
 mod rootfs;
@@ -75,13 +77,15 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     }
 }
 
-fn named(flags: &Flags) -> Result<(), String> {
+fn named(flags: &Flags) -> Result<(), Box<dyn std::error::Error>> {
     for (flag, value) in [("-namespace", &flags.namespace), ("-id", &flags.id)] {
         if value.is_empty() {
             return Err(format!(
                 "{flag} is missing; this program is started by containerd, not by hand"
-            ));
+            )
+            .into());
         }
+        names::check(flag, value)?;
     }
     Ok(())
 }

@@ -1,11 +1,14 @@
 //! The container's root: containerd hands over mounts, the shim makes them.
 
+mod idmap;
+
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
 use containerd_shim_protos::api::Mount;
+use idmap::{IdMaps, LowerLayers};
 
 use crate::{
     error::Error,
@@ -18,6 +21,8 @@ pub(crate) struct Rootfs {
     pub(crate) mounts: Vec<Mount>,
     /// `<bundle>/rootfs`.
     pub(crate) target: PathBuf,
+    /// Where the lower layers of an overlay are shown with other users, while it is mounted.
+    lower: PathBuf,
 }
 
 impl Rootfs {
@@ -25,6 +30,7 @@ impl Rootfs {
         Self {
             mounts,
             target: bundle.join("rootfs"),
+            lower: bundle.join("lower"),
         }
     }
 
@@ -33,44 +39,43 @@ impl Rootfs {
         if self.mounts.is_empty() {
             return Ok(());
         }
-        if let Some(option) = self.id_mapped() {
-            let reason = "this build cannot make id-mapped mounts, which containerd uses for a pod with a user namespace of its own (hostUsers: false); run it with hostUsers: true";
-            return Err(Error::Argument {
-                key: format!("rootfs option {option}"),
-                reason: reason.to_owned(),
-            });
-        }
         fs::create_dir_all(&self.target).map_err(Error::file("creating", &self.target))?;
         let this = self.clone();
         // A thread of its own: with many lower layers the mount needs a working folder of its own
         // (one page of options is the kernel's limit), and that is a thread's property.
         let mounted = in_thread("mount", move || {
-            this.mounts.iter().try_for_each(|mount| {
-                let kind = Some(mount.type_.as_str()).filter(|s| !s.is_empty());
-                let source = Some(mount.source.as_str()).filter(|s| !s.is_empty());
-                let target = if mount.target.is_empty() {
-                    this.target.clone()
-                } else {
-                    this.target.join(mount.target.trim_start_matches('/'))
-                };
-                containerd_shim::mount::mount_rootfs(kind, source, &mount.options, target)
-            })
+            this.mounts
+                .iter()
+                .try_for_each(|mount| this.mount_one(mount))
         })
         .await?;
-        mounted.inspect_err(|_| self.unmount()).map_err(Error::from)
+        mounted.inspect_err(|_| self.unmount())
+    }
+
+    fn mount_one(&self, mount: &Mount) -> Result<(), Error> {
+        let target = self.target.join(mount.target.trim_start_matches('/'));
+        let mut options = mount.options.clone();
+        let users = IdMaps::take(&mut options)?
+            .map(|maps| maps.namespace())
+            .transpose()?;
+        let overlay = mount.type_ == "overlay";
+        let _lower = match &users {
+            Some(users) if overlay => Some(LowerLayers::attach(&mut options, &self.lower, users)?),
+            _ => None,
+        };
+        let kind = Some(mount.type_.as_str()).filter(|s| !s.is_empty());
+        let source = Some(mount.source.as_str()).filter(|s| !s.is_empty());
+        containerd_shim::mount::mount_rootfs(kind, source, &options, &target)?;
+        match &users {
+            Some(users) if !overlay => idmap::attach(&target, &target, users, false),
+            _ => Ok(()),
+        }
     }
 
     /// Unmounts whatever is mounted there, at any depth.
     pub(crate) fn unmount(&self) {
         unmount_all(&self.target);
-    }
-
-    /// The option by which containerd asks for a mount that maps user ids (`uidmap=0:65536:65536`).
-    fn id_mapped(&self) -> Option<&str> {
-        let options = self.mounts.iter().flat_map(|mount| &mount.options);
-        options
-            .map(String::as_str)
-            .find(|option| option.starts_with("uidmap=") || option.starts_with("gidmap="))
+        unmount_all(&self.lower);
     }
 
     /// The writable upper layer, when the root is an overlay that has one.

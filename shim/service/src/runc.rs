@@ -23,10 +23,11 @@ use crate::{
 
 /// runc's default root under containerd (`process/init.go`, `RuncRoot`).
 pub(crate) const DEFAULT_ROOT: &str = "/run/containerd/runc";
-/// runc's own words for a container or process that is no longer there.
-const GONE: [&str; 4] = [
+/// runc's own words, and crun's, for a container or process that is no longer there.
+const GONE: [&str; 5] = [
     "does not exist",
     "container not running",
+    "is not running",
     "no such process",
     "process already finished",
 ];
@@ -73,7 +74,11 @@ impl RuncError {
     /// Whether the container or process is gone already. runc says it with exit code 1 like everything
     /// else, so its message has to be read, as go-runc's callers do.
     pub(crate) fn is_gone(&self) -> bool {
-        matches!(self, Self::Failed { message, .. } if GONE.iter().any(|words| message.contains(words)))
+        let Self::Failed { message, .. } = self else {
+            return false;
+        };
+        let message = message.to_lowercase();
+        GONE.iter().any(|words| message.contains(words))
     }
 }
 
@@ -106,7 +111,7 @@ impl Running {
 }
 
 #[derive(Deserialize)]
-struct LogLine {
+struct Message {
     #[serde(default)]
     level: String,
     #[serde(default)]
@@ -367,9 +372,33 @@ fn last_error(log: &Path) -> Option<String> {
         .take(1 << 20)
         .read_to_string(&mut text)
         .ok()?;
-    let line = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<LogLine>(line).ok())
-        .rfind(|line| matches!(line.level.as_str(), "error" | "fatal"))?;
-    Some(line.msg.trim().chars().take(2000).collect())
+    let said = messages(&text)
+        .into_iter()
+        .rfind(|message| matches!(message.level.as_str(), "error" | "fatal"))?;
+    Some(said.msg.trim().chars().take(2000).collect())
+}
+
+/// The messages of a log: runc writes one into a line, crun over several. A line that is none is skipped.
+fn messages(mut text: &str) -> Vec<Message> {
+    let mut found = Vec::new();
+    while !text.is_empty() {
+        let mut stream = serde_json::Deserializer::from_str(text).into_iter();
+        found.extend(stream.by_ref().map_while(Result::ok));
+        let rest = &text[stream.byte_offset()..];
+        text = rest.split_once('\n').map_or("", |(_, rest)| rest);
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_found_on_one_line_and_on_several() {
+        let log = "{\"level\":\"warn\",\"msg\":\"a\"}\n{\"level\":\"error\",\"msg\":\"b\"}\n\
+                   panic: c\n\n{\n  \"msg\": \"d\",\n  \"level\": \"error\"\n}\n{\"level\": \"err";
+        let found: Vec<_> = messages(log).into_iter().map(|m| m.msg).collect();
+        assert_eq!(found, ["a", "b", "d"]);
+    }
 }

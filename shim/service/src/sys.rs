@@ -4,7 +4,7 @@
 use std::{
     io,
     os::{
-        fd::{FromRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::{net::UnixListener, process::CommandExt},
     },
     process::Command,
@@ -128,6 +128,71 @@ pub(crate) fn start_time(pid: i32) -> io::Result<u64> {
     let ticks = behind.split_ascii_whitespace().nth(19);
     let ticks = ticks.and_then(|text| text.parse().ok());
     ticks.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no start time"))
+}
+
+/// A user namespace that nobody is in, with the lines of its `uid_map` and `gid_map`.
+pub(crate) fn user_namespace(uids: &str, gids: &str) -> io::Result<OwnedFd> {
+    /// Ends the process that was made for it.
+    struct Idle(libc::pid_t);
+    impl Drop for Idle {
+        fn drop(&mut self) {
+            let _ = kill(self.0, libc::SIGKILL);
+            // SAFETY: takes two numbers and no place for an answer.
+            unsafe { libc::waitpid(self.0, std::ptr::null_mut(), libc::__WCLONE) };
+        }
+    }
+    // Without a signal at its end the process is none of the children that `exits` reaps.
+    // SAFETY: as fork; the child makes only the two calls below, which allocate nothing and take no lock.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER, 0, 0, 0, 0) };
+    match libc::pid_t::try_from(pid) {
+        Ok(0) => loop {
+            // SAFETY: see above.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::pause();
+            }
+        },
+        Ok(pid @ 1..) => {
+            let idle = Idle(pid);
+            std::fs::write(format!("/proc/{pid}/uid_map"), uids)?;
+            std::fs::write(format!("/proc/{pid}/gid_map"), gids)?;
+            let namespace = std::fs::File::open(format!("/proc/{pid}/ns/user"))?;
+            drop(idle);
+            Ok(namespace.into())
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Shows the files of a mount that is attached nowhere as the users' of a namespace.
+pub(crate) fn map_users(mount: &OwnedFd, users: &OwnedFd, read_only: bool) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP
+            | if read_only {
+                libc::MOUNT_ATTR_RDONLY
+            } else {
+                0
+            },
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::from(users.as_raw_fd().cast_unsigned()),
+    };
+    // SAFETY: the path is a constant and the structure lives until the call is over, with its size told.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Whether two processes have one memory, as between `vfork` and `exec`.

@@ -32,7 +32,6 @@ use crate::{
     criu::CheckpointRequest,
     error::Error,
     exits::{Exit, timestamp},
-    io::Streams,
     lifecycle::State,
     phases::create,
 };
@@ -170,15 +169,6 @@ impl TaskService {
     }
 }
 
-fn streams(stdin: String, stdout: String, stderr: String, terminal: bool) -> Streams {
-    Streams {
-        stdin,
-        stdout,
-        stderr,
-        terminal,
-    }
-}
-
 /// 16 bits are what a terminal's size has.
 fn clamp(size: u32) -> u16 {
     u16::try_from(size).unwrap_or(u16::MAX)
@@ -255,21 +245,9 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
-        container.add_exec(ExecRequest {
-            id: request.exec_id,
-            process: request
-                .spec
-                .into_option()
-                .map(|any| any.value)
-                .unwrap_or_default(),
-            streams: streams(
-                request.stdin,
-                request.stdout,
-                request.stderr,
-                request.terminal,
-            ),
-        })?;
+        let id = request.id.clone();
+        let exec = ExecRequest::parse(request)?;
+        self.container(&id)?.add_exec(exec)?;
         Ok(Empty::new())
     }
 

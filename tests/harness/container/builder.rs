@@ -26,6 +26,7 @@ pub struct Builder<'n> {
     pub(crate) terminal: bool,
     stdin: bool,
     detached: bool,
+    log_uri: Option<String>,
     pub(crate) host_network: bool,
     pub(crate) memory_limit: Option<u64>,
     pub(crate) pids_of: Option<u32>,
@@ -50,6 +51,7 @@ impl<'n> Builder<'n> {
             terminal: false,
             stdin: false,
             detached: false,
+            log_uri: None,
             host_network: false,
             memory_limit: None,
             pids_of: None,
@@ -115,6 +117,12 @@ impl<'n> Builder<'n> {
         self
     }
 
+    /// Sends its output to a URI (`binary://`, `file://`).
+    pub fn log_uri(mut self, uri: &str) -> Self {
+        self.log_uri = Some(uri.to_owned());
+        self
+    }
+
     /// Lets it share the node's network.
     pub fn host_network(mut self) -> Self {
         self.host_network = true;
@@ -163,6 +171,12 @@ impl<'n> Builder<'n> {
         self
     }
 
+    /// The OCI runtime to use in place of `runc`.
+    pub fn binary(mut self, program: &str) -> Self {
+        self.options.binary_name = program.to_owned();
+        self
+    }
+
     /// Creates the task from a CRIU image in a folder of the node: its start restores.
     pub fn restore_from(mut self, folder: &str) -> Self {
         self.options.criu_image_path = folder.to_owned();
@@ -193,9 +207,10 @@ impl<'n> Builder<'n> {
             .image
             .as_ref()
             .with_context(|| format!("container {} was given no image", self.id))?;
-        let io = match self.detached {
-            true => Stdio::none(),
-            false => Stdio::open(self.node, &self.id, self.stdin, self.terminal)?,
+        let io = match &self.log_uri {
+            _ if self.detached => Stdio::none(),
+            Some(uri) => Stdio::to(uri, self.terminal),
+            None => Stdio::open(self.node, &self.id, self.stdin, self.terminal)?,
         };
         let snapshot = format!("{}-snapshot", self.id);
         let prepare = PrepareSnapshotRequest {

@@ -21,6 +21,7 @@ pub struct ExecBuilder<'c, 'n> {
     terminal: bool,
     stdin: bool,
     detached: bool,
+    log_uri: Option<String>,
 }
 
 impl<'c, 'n> ExecBuilder<'c, 'n> {
@@ -36,6 +37,7 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
             terminal: false,
             stdin: false,
             detached: false,
+            log_uri: None,
         }
     }
 
@@ -81,12 +83,19 @@ impl<'c, 'n> ExecBuilder<'c, 'n> {
         self
     }
 
+    /// Sends its output to a URI (`binary://`, `file://`).
+    pub fn log_uri(mut self, uri: &str) -> Self {
+        self.log_uri = Some(uri.to_owned());
+        self
+    }
+
     /// Adds it to the container, not started; containerd's answer apart, for tests of refusals.
     pub async fn try_add(self) -> Result<(Exec<'c, 'n>, Answer<()>)> {
         let name = format!("{}-{}", self.container.id, self.exec_id);
-        let io = match self.detached {
-            true => Stdio::none(),
-            false => Stdio::open(self.container.node, &name, self.stdin, self.terminal)?,
+        let io = match &self.log_uri {
+            _ if self.detached => Stdio::none(),
+            Some(uri) => Stdio::to(uri, self.terminal),
+            None => Stdio::open(self.container.node, &name, self.stdin, self.terminal)?,
         };
         let mut process = spec::process(&self.args, &self.env, &self.cwd, self.user, self.terminal);
         if let Some(limit) = self.open_files {
@@ -165,18 +174,7 @@ impl<'c, 'n> Exec<'c, 'n> {
 
     /// Starts it; the pid.
     pub async fn start(&self) -> Answer<u32> {
-        let request = api::StartRequest {
-            container_id: self.container.id.clone(),
-            exec_id: self.exec_id.clone(),
-        };
-        Ok(self
-            .container
-            .client
-            .tasks()
-            .start(ask(request))
-            .await?
-            .into_inner()
-            .pid)
+        self.container.start_exec(&self.exec_id).await
     }
 
     /// Its process record.
@@ -211,20 +209,6 @@ impl<'c, 'n> Exec<'c, 'n> {
 
     /// Deletes it, which must have ended; how it ended.
     pub async fn delete(&self) -> Answer<Ended> {
-        let request = api::DeleteProcessRequest {
-            container_id: self.container.id.clone(),
-            exec_id: self.exec_id.clone(),
-        };
-        let answer = self
-            .container
-            .client
-            .tasks()
-            .delete_process(ask(request))
-            .await?
-            .into_inner();
-        Ok(Ended {
-            status: answer.exit_status,
-            pid: answer.pid,
-        })
+        self.container.delete_exec(&self.exec_id).await
     }
 }

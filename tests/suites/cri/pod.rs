@@ -1,6 +1,6 @@
 //! Pods: what their containers share, and that nothing stays.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use rekindle_harness::cri::{ContainerState, Cri};
 use rekindle_harness::{Runtime, poll};
 
@@ -155,26 +155,19 @@ pub(crate) async fn a_killed_sandbox_is_told(cri: &Cri<'_>) -> Result<()> {
 
 /// `hostUsers: false`: root in the pod is nobody on the node.
 pub(crate) async fn a_pod_has_its_own_users(cri: &Cri<'_>) -> Result<()> {
-    let pod = match cri.pod("own-users").own_users().try_run().await? {
-        Ok(pod) => pod,
-        // Ours cannot make the id-mapped mounts that containerd 2 asks for, and says so.
-        Err(refusal) if cri.node().runtime() == Runtime::Rekindle => {
-            ensure!(
-                refusal.message().contains("hostUsers: false"),
-                "{}",
-                refusal.message()
-            );
-            return Ok(());
-        }
-        Err(refusal) => return Err(refusal).context("a pod with users of its own"),
-    };
+    let pod = cri.pod("own-users").own_users().run().await?;
     let one = pod
         .container("one")
-        .shell("id -u; exec sleep 1000")
+        .shell("id -u; stat -c %u:%g /bin/busybox /; echo mine > /file; exec sleep 1000")
         .run()
         .await?;
-    one.says("the user", |text| text == "0\n").await?;
-    let status = std::fs::read_to_string(format!("/proc/{}/status", one.pid().await?))?;
+    one.says("the users", |text| text == "0\n0:0\n0:0\n")
+        .await?;
+    let pid = one.pid().await?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     assert!(status.contains("Uid:\t200000\t"), "{status}");
-    pod.remove().await
+    assert_eq!(one.shell("cat /file").await?, "mine");
+    let id = pod.id().to_owned();
+    pod.remove().await?;
+    cri.node().is_rid_of(&id).await
 }

@@ -6,10 +6,12 @@
 mod alike;
 mod broken;
 mod checkpoint;
+mod crowd;
 mod exec;
 mod exits;
 mod given_up;
 mod io;
+mod loggers;
 mod metrics;
 mod oom;
 mod options;
@@ -17,7 +19,10 @@ mod pause;
 mod process;
 mod recovery;
 mod refusals;
+mod runtimes;
 mod server;
+mod users;
+mod wrong;
 
 use anyhow::{Result, anyhow};
 use containerd_client::tonic::{Code, Status};
@@ -119,6 +124,21 @@ both! {
         a_terminal_echoes_and_is_resized
         no_stdio_is_fine
     }
+    loggers {
+        a_logging_program_gets_both_outputs
+        a_terminal_goes_to_a_logging_program
+        an_exec_has_a_logging_program_of_its_own
+        a_dead_logging_program_breaks_the_pipes
+        one_that_does_not_end_is_killed
+        one_that_is_missing_fails_the_creation
+        one_that_is_never_ready_fails_the_creation
+        a_failed_creation_ends_its_logging_program
+        a_killed_shim_leaves_no_logging_program
+        what_has_a_logging_program_continues_from_an_image
+        output_goes_to_a_file
+        an_unknown_scheme_is_refused_by_name
+        ctr_names_a_logging_program
+    }
     exec {
         exec_has_its_own_environment_folder_and_user
         exec_has_its_own_limits
@@ -131,8 +151,31 @@ both! {
         exec_in_a_stopped_task_is_refused
         the_inits_end_is_told_last
     }
+    crowd {
+        fifty_execs_at_once_end_each_with_its_own_status
+        thirty_containers_of_a_pod_come_and_go_at_once
+    }
     metrics {
         metrics_tell_what_the_kubelet_asks_for
+    }
+    runtimes {
+        crun_runs_a_container
+        crun_refuses_a_missing_program
+        crun_is_paused_and_killed
+        crun_runs_execs
+        our_own_type_has_its_options_in_a_file
+    }
+    users {
+        a_container_has_users_of_its_own
+        a_read_only_root_is_shown_with_them_too
+    }
+    wrong {
+        a_missing_runtime_is_named
+        a_missing_criu_is_named
+        an_exec_that_is_no_process_is_refused
+        output_that_nobody_reads_holds_nobody_up
+        a_fifo_that_is_not_there_is_refused
+        ten_thousand_mounts_are_refused_by_the_first_that_fails
     }
     oom {
         a_kill_for_want_of_memory_is_told_while_the_task_runs

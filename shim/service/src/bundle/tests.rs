@@ -1,43 +1,5 @@
 use super::*;
 
-fn any(type_url: &str, value: Vec<u8>) -> Any {
-    Any {
-        type_url: type_url.to_owned(),
-        value,
-        ..Any::default()
-    }
-}
-
-#[test]
-fn options_are_read_in_both_forms() {
-    let mut options = Options::new();
-    options.binary_name = "crun".to_owned();
-    options.systemd_cgroup = true;
-    let runc = RuncOptions::parse(Some(&any(
-        "containerd.runc.v1.Options",
-        options.write_to_bytes().unwrap(),
-    )))
-    .unwrap();
-    assert_eq!((runc.binary.as_str(), runc.systemd_cgroup), ("crun", true));
-
-    let body = b"BinaryName = \"crun\"\nSystemdCgroup = true\n";
-    let mut message = vec![0x0a, 1, b'x', 0x1a, body.len() as u8];
-    message.extend_from_slice(body);
-    assert_eq!(
-        RuncOptions::parse(Some(&any("runtimeoptions.v1.Options", message))).unwrap(),
-        runc
-    );
-
-    let error = RuncOptions::parse(Some(&any("x.Other", vec![])))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains("x.Other") && error.contains("containerd.runc.v1.Options"),
-        "{error}"
-    );
-    assert!(RuncOptions::parse(Some(&any("runtimeoptions.v1.Options", vec![0x1a, 200]))).is_err());
-}
-
 #[test]
 fn a_change_keeps_what_it_does_not_know() {
     let folder = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use std::{
 };
 
 use containerd_shim_protos::{
-    api::ProcessInfo,
+    api::{ExecProcessRequest, ProcessInfo},
     events::task::{TaskExecAdded, TaskExecStarted, TaskExit},
     protobuf::MessageField,
 };
@@ -17,9 +17,10 @@ use super::{Container, lock, timestamp};
 use crate::{
     any,
     error::Error,
-    exits::Exit,
-    io::{ConsoleSocket, ProcessIo, Streams},
+    exits::{Exit, ExitOf},
+    io::{ConsoleSocket, ProcessIo, Streams, Theirs},
     lifecycle::{Request, State},
+    names,
     runc::{DEADLINE, read_pid},
     sys,
 };
@@ -57,10 +58,41 @@ pub(crate) struct Exec {
 /// A call to add one.
 #[derive(Debug)]
 pub(crate) struct ExecRequest {
-    pub(crate) id: String,
+    id: String,
     /// The OCI process, as JSON.
-    pub(crate) process: Vec<u8>,
-    pub(crate) streams: Streams,
+    process: Value,
+    streams: Streams,
+}
+
+impl ExecRequest {
+    /// Refuses what is no process, before anything is asked of its container.
+    pub(crate) fn parse(request: ExecProcessRequest) -> Result<Self, Error> {
+        let id = request.exec_id;
+        names::check("exec id", &id)?;
+        let streams = Streams {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        streams.admit()?;
+        let wrong = |reason: String| Error::Argument {
+            key: format!("process of exec {id}"),
+            reason,
+        };
+        let spec = request.spec.unwrap_or_default().value;
+        let mut process: Value =
+            serde_json::from_slice(&spec).map_err(|e| wrong(format!("not JSON: {e}")))?;
+        let object = process
+            .as_object_mut()
+            .ok_or_else(|| wrong("not a JSON object".to_owned()))?;
+        object.insert("terminal".to_owned(), json!(streams.terminal));
+        Ok(Self {
+            id,
+            process,
+            streams,
+        })
+    }
 }
 
 impl Exec {
@@ -159,19 +191,9 @@ impl Container {
     /// Adds an exec; it starts by a call of its own.
     pub(crate) fn add_exec(&self, request: ExecRequest) -> Result<(), Error> {
         self.admit(Request::Exec)?;
-        let wrong = |reason: String| Error::Argument {
-            key: format!("process of exec {}", request.id),
-            reason,
-        };
-        let mut process: Value =
-            serde_json::from_slice(&request.process).map_err(|e| wrong(e.to_string()))?;
-        let object = process
-            .as_object_mut()
-            .ok_or_else(|| wrong("not a JSON object".to_owned()))?;
-        object.insert("terminal".to_owned(), json!(request.streams.terminal));
         let exec = Exec {
             id: request.id.clone(),
-            process,
+            process: request.process,
             view: watch::Sender::new(ExecView {
                 state: ExecState::Created,
                 pid: 0,
@@ -236,22 +258,48 @@ impl Container {
     }
 
     async fn run_exec(self: &Arc<Self>, exec: &Arc<Exec>) -> Result<i32, Error> {
+        let owner = self.fixed.owner(&exec.id);
+        let (mut io, theirs) = ProcessIo::prepare(exec.streams.clone(), owner).await?;
+        let (pid, exit) = match self.launch_exec(exec, &mut io, theirs).await {
+            Ok(launched) => launched,
+            Err(error) => {
+                io.drain().await;
+                return Err(error);
+            }
+        };
+        *lock(&exec.io) = Some(io);
+        exec.view.send_modify(|view| {
+            *view = ExecView {
+                state: ExecState::Running,
+                pid,
+            }
+        });
+
+        let mut event = TaskExecStarted::new();
+        event.container_id.clone_from(&self.fixed.id);
+        event.exec_id.clone_from(&exec.id);
+        event.pid = pid.cast_unsigned();
+        self.events.send(event);
+        let (this, exec) = (Arc::clone(self), Arc::clone(exec));
+        tokio::spawn(async move { this.exec_ended(&exec, pid, exit.await) });
+        Ok(pid)
+    }
+
+    /// `runc exec`.
+    async fn launch_exec(
+        &self,
+        exec: &Exec,
+        io: &mut ProcessIo,
+        theirs: Theirs,
+    ) -> Result<(i32, ExitOf), Error> {
         let fixed = &self.fixed;
         let file = |suffix: &str| fixed.bundle.join(format!("exec-{}.{suffix}", exec.id));
         let (spec_file, pid_file) = (file("json"), file("pid"));
-        fs::write(&spec_file, exec.process.to_string())
-            .map_err(Error::file("writing", &spec_file))?;
-        let (mut io, theirs) = ProcessIo::prepare(
-            exec.streams.clone(),
-            fixed.options.io_uid,
-            fixed.options.io_gid,
-        )?;
         let socket = exec
             .streams
             .terminal
             .then(ConsoleSocket::bind)
             .transpose()?;
-
         let (mut command, log) = fixed.runc.command("exec");
         command
             .arg("--process")
@@ -264,9 +312,14 @@ impl Container {
         }
         command.arg(&fixed.id);
         theirs.give(&mut command);
+        fs::write(&spec_file, exec.process.to_string())
+            .map_err(Error::file("writing", &spec_file))?;
         let window = fixed.runc.exits.window();
-        let running = fixed.runc.spawn("exec", command, log)?;
-        let result = fixed.runc.wait(running, DEADLINE).await;
+        let ran = async {
+            let running = fixed.runc.spawn("exec", command, log)?;
+            fixed.runc.wait(running, DEADLINE).await
+        };
+        let result = ran.await;
         let _ = fs::remove_file(&spec_file);
         result?;
         let pid = read_pid(&pid_file)?;
@@ -285,22 +338,7 @@ impl Container {
             exit.await;
             return Err(error);
         }
-        *lock(&exec.io) = Some(io);
-        exec.view.send_modify(|view| {
-            *view = ExecView {
-                state: ExecState::Running,
-                pid,
-            }
-        });
-
-        let mut event = TaskExecStarted::new();
-        event.container_id.clone_from(&fixed.id);
-        event.exec_id.clone_from(&exec.id);
-        event.pid = pid.cast_unsigned();
-        self.events.send(event);
-        let (this, exec) = (Arc::clone(self), Arc::clone(exec));
-        tokio::spawn(async move { this.exec_ended(&exec, pid, exit.await) });
-        Ok(pid)
+        Ok((pid, exit))
     }
 
     fn exec_ended(&self, exec: &Exec, pid: i32, exit: Exit) {

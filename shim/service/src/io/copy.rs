@@ -1,16 +1,16 @@
 //! The copying itself: small buffers, and none while nothing flows.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Write},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::FileTypeExt},
     path::Path,
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::{io::unix::AsyncFd, net::unix::pipe, sync::watch};
 
-use super::Endpoint;
+use super::Target;
 use crate::{error::Error, sys};
 
 /// One read. A FIFO holds 64 KiB; 16 KiB keeps a hundred idle pods small and costs a busy one little.
@@ -39,7 +39,8 @@ pub(crate) enum Writer {
 /// Where output goes to.
 #[derive(Debug)]
 pub(crate) enum Sink {
-    Fifo(pipe::Sender),
+    /// A FIFO, or a pipe to a logging program.
+    Pipe(pipe::Sender),
     File(File),
 }
 
@@ -141,35 +142,58 @@ async fn try_pipe(pipe: &pipe::Sender, bytes: &[u8]) -> io::Result<usize> {
 }
 
 impl Sink {
-    pub(crate) fn open(endpoint: &Endpoint) -> Result<Self, Error> {
-        match endpoint {
-            // Read and write: opening does not wait for a reader, and a reader that goes away (a
-            // restart of containerd) is no error. The reader sees the end when we close.
-            Endpoint::Fifo(path) => pipe::OpenOptions::new()
-                .read_write(true)
-                .open_sender(path)
-                .map(Self::Fifo)
-                .map_err(Error::file("opening the output FIFO", path)),
-            Endpoint::File(path) => {
-                if let Some(folder) = path.parent() {
-                    std::fs::create_dir_all(folder).map_err(Error::file("creating", folder))?;
+    pub(super) fn open(target: &Target) -> Result<Self, Error> {
+        match target {
+            Target::Path(path) => {
+                let kind = fs::metadata(path).map_err(Error::file("opening the output", path))?;
+                if !kind.file_type().is_fifo() {
+                    return Self::append(path, false);
                 }
-                File::options()
-                    .create(true)
-                    .append(true)
-                    .open(path)
-                    .map(Self::File)
-                    .map_err(Error::file("opening the output file", path))
+                // Read and write: opening does not wait for a reader, and a reader that goes away (a
+                // restart of containerd) is no error. The reader sees the end when we close.
+                pipe::OpenOptions::new()
+                    .read_write(true)
+                    .open_sender(path)
+                    .map(Self::Pipe)
+                    .map_err(Error::file("opening the output FIFO", path))
+            }
+            Target::File(path) => {
+                if let Some(folder) = path.parent() {
+                    fs::create_dir_all(folder).map_err(Error::file("creating", folder))?;
+                }
+                Self::append(path, true)
             }
         }
+    }
+
+    fn append(path: &Path, create: bool) -> Result<Self, Error> {
+        File::options()
+            .create(create)
+            .append(true)
+            .open(path)
+            .map(Self::File)
+            .map_err(Error::file("opening the output file", path))
+    }
+
+    /// One more for a file that is open.
+    pub(super) fn share(file: &File) -> Result<Self, Error> {
+        let shared = file.try_clone().map(Self::File);
+        shared.map_err(Error::io("duplicating an output file"))
+    }
+
+    pub(super) fn pipe(fd: OwnedFd) -> Result<Self, Error> {
+        nonblocking(&fd)?;
+        pipe::Sender::from_owned_fd_unchecked(fd)
+            .map(Self::Pipe)
+            .map_err(Error::io("writing a pipe"))
     }
 
     async fn all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::File(file) => file.write_all(bytes),
-            Self::Fifo(fifo) => {
+            Self::Pipe(pipe) => {
                 while !bytes.is_empty() {
-                    match try_pipe(fifo, bytes).await {
+                    match try_pipe(pipe, bytes).await {
                         Ok(n) => bytes = &bytes[n..],
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                         Err(error) => return Err(error),
@@ -277,7 +301,7 @@ mod tests {
         let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
         let copying = tokio::spawn(output(
             Reader::pipe(read).unwrap(),
-            Sink::open(&Endpoint::Fifo(path.clone())).unwrap(),
+            Sink::open(&Target::Path(path.clone())).unwrap(),
         ));
         let big = vec![7u8; 300_000];
         let expected = big.clone();

@@ -13,12 +13,14 @@ use rekindle_core::{identity::Role, plan::Plan};
 
 use super::{restore::Source, step};
 use crate::{
-    bundle::{Remembered, RuncOptions, Spec},
+    bundle::{self, CRIU_CONFIG, INIT_PID, Remembered, Spec},
     context::{Fixed, Shared},
     criu::{CriuConfig, Purpose},
     error::Error,
     exits::ExitOf,
     io::{ConsoleSocket, ProcessIo, Streams, Theirs},
+    names,
+    options::RuncOptions,
     rootfs::Rootfs,
     runc::{Runc, read_pid},
 };
@@ -52,9 +54,17 @@ pub(crate) enum How {
 
 /// Creates a container.
 pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<Created, Error> {
+    names::check("id", &request.id)?;
     let mut began = Instant::now();
     let bundle = PathBuf::from(&request.bundle);
     let id = request.id.clone();
+    let streams = Streams {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    };
+    streams.admit()?;
     let options = RuncOptions::parse(request.options.as_ref())?;
     let mut spec = Spec::read(&bundle)?;
     let plan = Plan::resolve(&spec.annotations(), &shared.namespace, &shared.node)?;
@@ -67,20 +77,10 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
     for mount in &mounts {
         spec.bind_read_only(&mount.source, &mount.destination);
     }
-    let named = spec.set_criu_config(&bundle.join("criu.conf"));
+    let named = spec.set_criu_config(&bundle.join(CRIU_CONFIG));
     // A pod's annotations may reach the bundle; a file on the host that they name is not read.
     let named = named.filter(|_| plan.identity.role == Role::Standalone);
     let criu = CriuConfig::new(&bundle, named.as_deref());
-    // The pause container is passed through: nobody checkpoints it, and its bundle stays as it came.
-    if plan.identity.role != Role::Sandbox {
-        criu.write(Purpose::Dump(""))?;
-        spec.write()?;
-    }
-    Remembered {
-        options: options.clone(),
-    }
-    .write(&bundle)?;
-
     let runc = Runc {
         binary: options.binary(),
         root: options.root(&shared.namespace),
@@ -104,12 +104,17 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
         runc,
         criu,
     };
-    match build(&fixed, &spec, &request, began).await {
-        Ok((io, how)) => Ok(Created { fixed, io, how }),
+    let prepare = ProcessIo::prepare(streams, fixed.owner(&fixed.id));
+    let (mut io, theirs) = step(&fixed.id, "streams", prepare).await?;
+    match build(&fixed, &spec, &request, began, &mut io, theirs).await {
+        Ok(how) => Ok(Created { fixed, io, how }),
         Err(error) => {
-            if let Err(error) = fixed.take_back().await {
-                tracing::warn!(%error, "undoing a failed create");
+            match fixed.take_back().await {
+                Ok(()) => bundle::forget(&fixed.bundle),
+                // `delete` will need what is remembered.
+                Err(error) => tracing::warn!(%error, "undoing a failed create"),
             }
+            io.drain().await;
             Err(error)
         }
     }
@@ -120,26 +125,35 @@ async fn build(
     spec: &Spec,
     request: &CreateTaskRequest,
     began: Instant,
-) -> Result<(ProcessIo, How), Error> {
+    io: &mut ProcessIo,
+    theirs: Theirs,
+) -> Result<How, Error> {
     // Create and start share one budget: the kubelet gives both together 120 s.
     let budget = fixed.shared.node.deadlines.container;
     let left = || budget.saturating_sub(began.elapsed());
     let id = fixed.id.clone();
+    record(fixed, spec)?;
     let source = step(&id, "image", Source::open(fixed, spec, request, left())).await?;
     step(&id, "rootfs", fixed.rootfs.mount()).await?;
-    let streams = Streams {
-        stdin: request.stdin.clone(),
-        stdout: request.stdout.clone(),
-        stderr: request.stderr.clone(),
-        terminal: request.terminal,
-    };
-    let (mut io, theirs) = ProcessIo::prepare(streams, fixed.options.io_uid, fixed.options.io_gid)?;
     if let Some(mut source) = source {
         source.give(theirs, left());
-        return Ok((io, How::Image(source)));
+        return Ok(How::Image(source));
     }
-    let (pid, exit) = launch(fixed, &mut io, theirs, left()).await?;
-    Ok((io, How::Init { pid, exit }))
+    let (pid, exit) = launch(fixed, io, theirs, left()).await?;
+    Ok(How::Init { pid, exit })
+}
+
+/// Writes into the bundle what runc, CRIU and `delete` will read there.
+fn record(fixed: &Fixed, spec: &Spec) -> Result<(), Error> {
+    // The pause container is passed through: nobody checkpoints it, and its bundle stays as it came.
+    if fixed.plan.identity.role != Role::Sandbox {
+        fixed.criu.write(Purpose::Dump(""))?;
+        spec.write()?;
+    }
+    Remembered {
+        options: fixed.options.clone(),
+    }
+    .write(&fixed.bundle)
 }
 
 /// `runc create`: the init exists and waits to be started.
@@ -149,7 +163,7 @@ pub(super) async fn launch(
     theirs: Theirs,
     left: Duration,
 ) -> Result<(i32, ExitOf), Error> {
-    let pid_file = fixed.bundle.join("init.pid");
+    let pid_file = fixed.bundle.join(INIT_PID);
     let socket = io
         .streams()
         .terminal

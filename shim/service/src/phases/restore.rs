@@ -26,7 +26,7 @@ use super::{
     step,
 };
 use crate::{
-    bundle::Spec,
+    bundle::{INIT_PID, Spec},
     context::Fixed,
     criu::{self, CriuError, Purpose},
     error::{Error, sentence},
@@ -192,9 +192,7 @@ pub(crate) async fn cold(fixed: &Fixed, io: &mut ProcessIo) -> Result<(i32, Exit
     let started = async {
         fixed.take_back().await?;
         step(&fixed.id, "rootfs", fixed.rootfs.mount()).await?;
-        let (uid, gid) = (fixed.options.io_uid, fixed.options.io_gid);
-        let (fresh, theirs) = ProcessIo::prepare(io.streams().clone(), uid, gid)?;
-        *io = fresh;
+        let theirs = io.renew(fixed.owner(&fixed.id)).await?;
         let launched = launch(fixed, io, theirs, DEADLINE).await?;
         fixed.runc.start().await?;
         Ok(launched)
@@ -246,7 +244,7 @@ async fn start(
     }
     let spec = Spec::read(&fixed.bundle)?;
     fixed.criu.write(Purpose::Restore(images.flags()))?;
-    let pid_file = fixed.bundle.join("init.pid");
+    let pid_file = fixed.bundle.join(INIT_PID);
     std::fs::create_dir_all(work).map_err(Error::file("creating", work))?;
     let socket = io
         .streams()
