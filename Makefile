@@ -44,9 +44,10 @@ build: ## build the shim, the CLI and what the tests need
 node: deps build ## an interactive shell in a throwaway node with our shim registered
 	@"$(BUILT)/debug/rekindle-node"
 
-test: deps build ## unit tests, and the suites on real nodes with containerd 2.1 and 1.7 (as root)
+test: deps build ## unit tests, and the suites on real nodes: containerd 2.1 and 1.7, cgroup v2 and systemd (as root)
 	$(CARGO) test --workspace --no-fail-fast
 	NODE_SUITE=trixie $(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images
+	REKINDLE_NODE=machine REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri
 
 test-unit: ## unit tests only: no root, no node
 	$(CARGO) test --workspace --exclude rekindle-tests

@@ -9,6 +9,9 @@ pub struct Options {
     /// The program to use in place of `runc`.
     #[prost(string, tag = "6")]
     pub binary_name: String,
+    /// Lets systemd make the cgroup.
+    #[prost(bool, tag = "9")]
+    pub systemd_cgroup: bool,
     /// A folder with a CRIU image: the task is created from it, and start restores.
     #[prost(string, tag = "10")]
     pub criu_image_path: String,

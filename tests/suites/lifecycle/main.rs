@@ -70,6 +70,8 @@ macro_rules! both {
             $(mod $module {
                 $(#[tokio::test]
                 async fn $test() -> anyhow::Result<()> {
+                    let name = concat!(stringify!($name), "::", stringify!($module), "::", stringify!($test));
+                    if let Some(outcome) = rekindle_harness::vm::instead(name) { return outcome; }
                     let Some(stage) = crate::stage(rekindle_harness::Runtime::$runtime).await? else { return Ok(()) };
                     let outcome = crate::$module::$test(stage).await;
                     outcome.map_err(|e| e.context(format!("containerd's log ends with\n{}", stage.node.log_tail(12))))
