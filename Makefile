@@ -14,7 +14,7 @@ CONTAINERD := github.com/containerd/containerd/v2@v2.1.9
 BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-build build node test test-unit test-suites test-dist soak parity lint demo bench dist dist-shim clean-cache
+.PHONY: help deps deps-build build node test test-unit test-suites test-machine test-dist soak parity lint demo bench dist dist-shim clean-cache
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,9 +47,17 @@ build: ## build the shim, the CLI and what the tests need
 node: deps build ## an interactive shell in a throwaway node with our shim registered
 	@"$(BUILT)/debug/rekindle-node"
 
-test: deps build ## unit tests, and the suites on real nodes with containerd 2.1 and 1.7 (as root)
+test: deps build ## unit tests, and the suites on real nodes: containerd 2.1 and 1.7, cgroup v2 and systemd (as root)
 	$(CARGO) test --workspace --no-fail-fast
 	NODE_SUITE=trixie $(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images
+	$(IN_MACHINE) -- $(OF_CGROUPS)
+
+# The emulated machine is slow: with both suites whole it takes half an hour.
+IN_MACHINE := REKINDLE_NODE=machine REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri
+OF_CGROUPS := process:: metrics:: oom:: pause:: recovery:: checkpoint:: options::
+
+test-machine: deps build ## the lifecycle and the CRI suite under systemd and cgroup v2, whole (as root; half an hour)
+	$(IN_MACHINE)
 
 test-unit: ## unit tests only: no root, no node
 	$(CARGO) test --workspace --exclude rekindle-tests

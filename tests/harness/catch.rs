@@ -26,7 +26,7 @@ impl Node {
                 tokio::time::sleep(AGAIN).await;
             }
         };
-        tokio::time::timeout(poll::DEADLINE, look)
+        tokio::time::timeout(*poll::DEADLINE, look)
             .await
             .with_context(|| format!("no process with {words:?} was seen"))?
     }

@@ -201,12 +201,12 @@ impl<'n> Container<'n> {
                 .await
                 .map(|answer| answer.into_inner().exit_status)
         };
-        match tokio::time::timeout(poll::DEADLINE, wait).await {
+        match tokio::time::timeout(*poll::DEADLINE, wait).await {
             Ok(answer) => answer.map(|status| Ended { status, pid: 0 }),
             Err(_) => Err(Status::deadline_exceeded(format!(
                 "{} did not end in {:?}",
                 self.id,
-                poll::DEADLINE
+                *poll::DEADLINE
             ))),
         }
     }

@@ -100,7 +100,7 @@ impl Events {
         let enough =
             |all: &Vec<Event>| all.iter().filter(|event| event.container == id).count() >= count;
         let came = events.wait_for(enough);
-        match tokio::time::timeout(poll::DEADLINE, came).await {
+        match tokio::time::timeout(*poll::DEADLINE, came).await {
             Ok(Ok(_)) => Ok(self.of(id)),
             _ => bail!(
                 "waited for {count} events of {id}; it had {:?}",
@@ -120,14 +120,14 @@ impl Events {
             all.iter()
                 .any(|event| event.container == id && is_it(event))
         });
-        match tokio::time::timeout(poll::DEADLINE, came).await {
+        match tokio::time::timeout(*poll::DEADLINE, came).await {
             Ok(Ok(_)) => Ok(self.of(id)),
             Ok(Err(_)) => {
                 Err(anyhow!("containerd closed the event stream")).context("waiting for an event")
             }
             Err(_) => bail!(
                 "waited {:?} for {what} of {id}; it had {:?}",
-                poll::DEADLINE,
+                *poll::DEADLINE,
                 self.of(id)
             ),
         }

@@ -160,10 +160,10 @@ impl Reader {
         let text = |seen: &Seen| String::from_utf8_lossy(&seen.bytes).into_owned();
         let mut seen = self.0.clone();
         let wait = seen.wait_for(|seen| seen.ended || enough(&text(seen)));
-        let Ok(Ok(_)) = tokio::time::timeout(poll::DEADLINE, wait).await else {
+        let Ok(Ok(_)) = tokio::time::timeout(*poll::DEADLINE, wait).await else {
             bail!(
                 "waited {:?} for {what}; the output is {:?}",
-                poll::DEADLINE,
+                *poll::DEADLINE,
                 self.so_far()
             );
         };
@@ -177,11 +177,11 @@ impl Reader {
     /// Waits for the output's end and answers with all of it.
     pub async fn to_end(&self) -> Result<Vec<u8>> {
         let mut seen = self.0.clone();
-        match tokio::time::timeout(poll::DEADLINE, seen.wait_for(|seen| seen.ended)).await {
+        match tokio::time::timeout(*poll::DEADLINE, seen.wait_for(|seen| seen.ended)).await {
             Ok(Ok(seen)) => Ok(seen.bytes.clone()),
             _ => bail!(
                 "waited {:?} for the output's end; until now it is {:?}",
-                poll::DEADLINE,
+                *poll::DEADLINE,
                 self.so_far()
             ),
         }

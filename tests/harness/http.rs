@@ -28,7 +28,7 @@ impl Node {
     pub async fn http_first(&self, address: SocketAddr, target: &str) -> Result<(String, Instant)> {
         let request = request(address, target);
         let first = move |given_up: &dyn Fn() -> bool| {
-            let deadline = Instant::now() + poll::DEADLINE;
+            let deadline = Instant::now() + *poll::DEADLINE;
             loop {
                 match ask(address, &request) {
                     Ok(body) => return Ok((body, Instant::now())),
@@ -40,7 +40,7 @@ impl Node {
         self.within_network(first).await.with_context(|| {
             format!(
                 "waiting {:?} for the first answer of http://{address}{target} in the node",
-                poll::DEADLINE
+                *poll::DEADLINE
             )
         })
     }
@@ -76,7 +76,7 @@ fn request(address: SocketAddr, target: &str) -> String {
 
 fn ask(address: SocketAddr, request: &str) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
-    stream.set_read_timeout(Some(poll::DEADLINE))?;
+    stream.set_read_timeout(Some(*poll::DEADLINE))?;
     stream.write_all(request.as_bytes())?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;

@@ -5,25 +5,34 @@
 //!                           └─▶ init.sh (own pids, cgroup, root)   dies with the keeper
 //!                                  └─▶ containerd ─▶ shims ─▶ containers
 //! ```
+//!
+//! A test process that runs in a virtual machine ([`crate::vm`]) has that for its node instead.
 
+pub(crate) mod cgroup;
 mod config;
+mod keeper;
 mod leftovers;
+pub(crate) mod machine;
 mod seed;
 
 use crate::{Image, container, events::Events, poll, root, root::Suite};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use containerd_client::Client;
+use keeper::Keeper;
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use tokio::net::UnixListener;
 
 /// The containerd namespace of everything that does not come through CRI.
 pub const NAMESPACE: &str = "default";
 /// CRI's own.
 pub const CRI_NAMESPACE: &str = "k8s.io";
+/// Where a node's programs look for others.
+pub(crate) const PATH: &str = "/opt/rekindle/shadow:/opt/rekindle/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The shim under test.
+pub(crate) const SHIM: &str = "containerd-shim-rekindle-v1";
+const S3_SERVER: &str = "rekindle-s3server";
 
 /// Which shim answers to `io.containerd.runc.v2` on a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,12 +75,11 @@ impl NodeConfig {
 #[derive(Debug)]
 pub struct Node {
     dir: PathBuf,
-    _claim: leftovers::Claim,
     pid: u32,
     runtime: Runtime,
     suite: Suite,
-    keeper: Child,
-    pipe: Option<ChildStdin>,
+    /// A node that is a machine has none: it goes with the machine.
+    keeper: Option<Keeper>,
 }
 
 impl Node {
@@ -81,35 +89,30 @@ impl Node {
             nix::unistd::geteuid().is_root(),
             "a node is made of namespaces and mounts, which needs root: start the same with `sudo -E env PATH=\"$PATH\" …`"
         );
+        let node = if machine::is_here() {
+            machine::start(&config)?;
+            Node {
+                dir: "/".into(),
+                pid: 1,
+                runtime: config.runtime,
+                suite: config.suite,
+                keeper: None,
+            }
+        } else {
+            Node::in_namespaces(&config)?
+        };
+        node.answers().await?;
+        Ok(node)
+    }
+
+    fn in_namespaces(config: &NodeConfig) -> Result<Node> {
         let root = root::node(config.suite)?;
         let (claim, log) = leftovers::sweep_then_claim()?;
         let dir = claim.dir.clone();
-        for sub in [
-            "upper/etc/containerd",
-            "upper/etc/cni/net.d",
-            "upper/etc/rekindle",
-            "work",
-            "root",
-            "containerd",
-        ] {
-            fs::create_dir_all(dir.join(sub))?;
+        for sub in ["upper", "work", "root", "containerd", "rekindle", "images"] {
+            fs::create_dir(dir.join(sub))?;
         }
-        for sub in ["rekindle", "opt/bin", "opt/shadow", "images"] {
-            fs::create_dir_all(dir.join(sub))?;
-        }
-        fs::write(dir.join("keeper.sh"), include_str!("node/keeper.sh"))?;
-        fs::write(dir.join("init.sh"), include_str!("node/init.sh"))?;
-        fs::write(
-            dir.join("upper/etc/containerd/config.toml"),
-            config::containerd(config.suite, config.log_level),
-        )?;
-        fs::write(
-            dir.join("upper/etc/cni/net.d/10-rekindle.conflist"),
-            config::CNI,
-        )?;
-        if let Some(text) = &config.rekindle_toml {
-            fs::write(dir.join("upper/etc/rekindle/config.toml"), text)?;
-        }
+        config::write(config, &dir.join("upper"))?;
         let binds = match &config.seed {
             Some(from) => seed::plant(from, &dir.join("containerd"))?,
             None => Vec::new(),
@@ -118,48 +121,17 @@ impl Node {
             .iter()
             .map(|(from, to)| format!("{}\t{}\n", from.display(), to.display()));
         fs::write(dir.join("binds"), lines.collect::<String>())?;
-        let binaries = install_binaries(&dir.join("opt"), config.runtime)?;
-
-        let mut keeper = Command::new("unshare")
-            .args(["--mount", "--net", "--propagation", "private", "bash"])
-            .arg(dir.join("keeper.sh"))
-            .args([&dir, &root])
-            .env(
-                "NODE_PATH",
-                format!("{binaries}/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
-            )
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(log)
-            // Ctrl-C on a terminal goes to a process group; the keeper shall live until its work is done.
-            .process_group(0)
-            .spawn()
-            .context("starting the node's keeper with unshare (util-linux): run `make deps`")?;
-        let pipe = keeper.stdin.take();
-        let said = keeper.stdout.take().context("the keeper has no stdout")?;
-        let mut line = String::new();
-        BufReader::new(said).read_line(&mut line)?;
-        let Ok(pid) = line.trim().parse() else {
-            let log = fs::read_to_string(dir.join("keeper.log")).unwrap_or_default();
-            drop(pipe);
-            let _ = keeper.wait();
-            bail!(
-                "the node could not be set up in {}: {}",
-                dir.display(),
-                log.trim()
-            );
-        };
-        let node = Node {
+        let opt = dir.join("opt");
+        install_programs(&opt.join("bin"))?;
+        install_shadow(&opt, config.runtime)?;
+        let (keeper, pid) = Keeper::start(claim, log, &root)?;
+        Ok(Node {
             dir,
-            _claim: claim,
             pid,
             runtime: config.runtime,
             suite: config.suite,
-            keeper,
-            pipe,
-        };
-        node.answers().await?;
-        Ok(node)
+            keeper: Some(keeper),
+        })
     }
 
     /// The shim behind `io.containerd.runc.v2`.
@@ -179,6 +151,11 @@ impl Node {
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned()
+    }
+
+    /// Whether it is a machine with a systemd, and not a part of one.
+    pub(crate) fn is_a_machine(&self) -> bool {
+        self.keeper.is_none()
     }
 
     /// The pid of the node's first process, as the host counts.
@@ -260,6 +237,9 @@ impl Node {
 
     /// A command that, when spawned, runs inside the node: in its namespaces, its cgroup and with its PATH.
     pub fn command(&self, command: &[&str]) -> Command {
+        if self.is_a_machine() {
+            return machine::command(command);
+        }
         const ENTER: &str = r#"
             init=$1 name=$2; shift 2
             for h in $(awk '$0 ~ / - cgroup2? / {print $5}' /proc/self/mountinfo); do
@@ -305,7 +285,7 @@ impl Node {
             let name = self.dir.file_name().unwrap_or_default().to_string_lossy();
             let ours =
                 fs::read_link(entry.path().join("ns/cgroup")).is_ok_and(|ns| ns == namespace);
-            if ours || cgroup.contains(&*name) {
+            if ours || cgroup.contains(&*name) || self.is_a_machine() {
                 found.push((pid, line.trim().to_owned()));
             }
         }
@@ -348,6 +328,15 @@ impl Node {
     }
 
     async fn end_containerd(&self, signal: &str) -> Result<()> {
+        if self.is_a_machine() {
+            let kill = format!("--signal={signal}");
+            self.run(["systemctl", "kill", "--kill-whom=main", &kill, "containerd"])
+                .await?;
+            return self
+                .run(["systemctl", "stop", "containerd"])
+                .await
+                .map(drop);
+        }
         let end = format!("touch /run/containerd.hold; kill -{signal} $(cat /run/containerd.pid)");
         self.run(["sh", "-c", &end]).await?;
         let gone = "! kill -0 $(cat /run/containerd.pid) 2>/dev/null";
@@ -364,7 +353,11 @@ impl Node {
 
     /// Lets containerd come back and waits until it answers.
     pub async fn start_containerd(&self) -> Result<()> {
-        self.run(["rm", "/run/containerd.hold"]).await?;
+        if self.is_a_machine() {
+            self.run(["systemctl", "start", "containerd"]).await?;
+        } else {
+            self.run(["rm", "/run/containerd.hold"]).await?;
+        }
         self.answers().await
     }
 
@@ -394,13 +387,6 @@ impl Node {
     }
 }
 
-impl Drop for Node {
-    fn drop(&mut self) {
-        drop(self.pipe.take());
-        let _ = self.keeper.wait();
-    }
-}
-
 /// The folder of the programs under test: `REKINDLE_BIN_DIR`, else where cargo built them.
 pub(crate) fn programs() -> Result<PathBuf> {
     match std::env::var_os("REKINDLE_BIN_DIR") {
@@ -418,34 +404,41 @@ fn built() -> Result<PathBuf> {
         .to_path_buf())
 }
 
-/// Puts the programs under test into `opt/bin`, and the shim in front of containerd's where it takes its place.
-/// Answers with the folders to put on the node's PATH.
-fn install_binaries(opt: &Path, runtime: Runtime) -> Result<&'static str> {
-    const SHIM: &str = "containerd-shim-rekindle-v1";
+/// Puts the programs under test into a folder.
+fn install_programs(bin: &Path) -> Result<()> {
     let from = programs()?;
     // The S3 server is no program under test: an optimised build of those has none.
-    let server = from.join("rekindle-s3server");
+    let server = from.join(S3_SERVER);
     let server = match (server.is_file(), built()) {
-        (false, Ok(built)) => built.join("rekindle-s3server"),
+        (false, Ok(built)) => built.join(S3_SERVER),
         _ => server,
     };
+    fs::create_dir_all(bin)?;
     for binary in [from.join(SHIM), from.join("rekindle"), server] {
         if let (Some(name), true) = (binary.file_name(), binary.is_file()) {
-            let there = opt.join("bin").join(name);
+            let there = bin.join(name);
             fs::hard_link(&binary, &there).or_else(|_| fs::copy(&binary, &there).map(drop))?;
         }
     }
-    if runtime == Runtime::Go {
-        return Ok("/opt/rekindle/bin:");
+    Ok(())
+}
+
+/// Puts the shim under test in front of containerd's on [`PATH`], where it takes its place.
+fn install_shadow(opt: &Path, runtime: Runtime) -> Result<()> {
+    let shadow = opt.join("shadow");
+    fs::create_dir_all(&shadow)?;
+    let link = shadow.join("containerd-shim-runc-v2");
+    if link.is_symlink() {
+        fs::remove_file(&link)?;
     }
-    ensure!(
-        opt.join("bin").join(SHIM).exists(),
-        "the shim under test is missing: {} does not exist; run `make build`",
-        from.join(SHIM).display()
-    );
-    std::os::unix::fs::symlink(
-        format!("../bin/{SHIM}"),
-        opt.join("shadow/containerd-shim-runc-v2"),
-    )?;
-    Ok("/opt/rekindle/shadow:/opt/rekindle/bin:")
+    if runtime == Runtime::Rekindle {
+        let program = opt.join("bin").join(SHIM);
+        ensure!(
+            program.exists(),
+            "the shim under test is missing: {} does not exist; run `make build`",
+            program.display()
+        );
+        std::os::unix::fs::symlink(format!("../bin/{SHIM}"), link)?;
+    }
+    Ok(())
 }

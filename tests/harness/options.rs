@@ -27,6 +27,9 @@ pub struct Options {
     /// Where runc keeps its state.
     #[prost(string, tag = "7")]
     pub root: String,
+    /// Lets systemd make the cgroup.
+    #[prost(bool, tag = "9")]
+    pub systemd_cgroup: bool,
     /// A folder with a CRIU image: the task is created from it, and start restores.
     #[prost(string, tag = "10")]
     pub criu_image_path: String,

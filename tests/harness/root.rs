@@ -1,6 +1,6 @@
 //! The Debian roots under the nodes and images: made once with debootstrap, then read only.
 
-use crate::progress::Progress;
+use crate::{node::machine, progress::Progress};
 use anyhow::{Context, Result, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
@@ -47,7 +47,7 @@ impl Suite {
 }
 
 const NODE_PACKAGES: &str = "containerd,runc,criu,iptables,iproute2,ca-certificates,procps,\
-                             containernetworking-plugins,busybox-static,crun";
+                             containernetworking-plugins,busybox-static,crun,systemd,dbus";
 const TORCH_PACKAGES: &str =
     "python3-torch,python3-transformers,python3-tokenizers,python3-safetensors";
 
@@ -71,6 +71,9 @@ pub fn cache() -> PathBuf {
 
 /// The root of a node, made on first use (about a minute).
 pub fn node(suite: Suite) -> Result<PathBuf> {
+    if machine::is_here() {
+        return Ok("/".into());
+    }
     let recipe = Recipe {
         name: format!("node-{}", suite.name()),
         suite,

@@ -11,7 +11,7 @@ pub use containerd_shim_protos::{
 
 /// How long a call may take.
 pub fn deadline() -> Context {
-    context::with_duration(crate::poll::DEADLINE)
+    context::with_duration(*crate::poll::DEADLINE)
 }
 
 /// The code of an answer.

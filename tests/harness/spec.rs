@@ -109,7 +109,7 @@ pub(crate) fn container(of: &Builder<'_>) -> Value {
         "mounts": mounts,
         "annotations": of.annotations,
         "linux": {
-            "cgroupsPath": format!("/{}/{}", crate::node::NAMESPACE, of.id),
+            "cgroupsPath": of.node.cgroups_path(&of.id),
             "namespaces": namespaces,
             "resources": resources,
             "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/sysrq-trigger", "/sys/firmware"],

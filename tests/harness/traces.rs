@@ -1,6 +1,6 @@
 //! What a container has left on its node.
 
-use crate::{Node, poll};
+use crate::{Node, node::cgroup, poll};
 use anyhow::{Context, Result};
 
 impl Node {
@@ -19,7 +19,8 @@ impl Node {
     pub(crate) async fn is_rid_of_pod(&self, uid: &str) -> Result<()> {
         let script = format!(
             "grep -l {uid} /run/containerd/io.containerd.runtime.v2.task/k8s.io/*/config.json 2>/dev/null; \
-             find /sys/fs/cgroup -mindepth 1 -type d -path '*/pod{uid}/*'; true"
+             find /sys/fs/cgroup -mindepth 1 -type d -path '*{}/*'; true",
+            self.cgroup_parent(uid)
         );
         let mut left = String::new();
         let gone = poll::until("the sandbox to go", async || {
@@ -34,22 +35,36 @@ impl Node {
     pub async fn traces_of(&self, id: &str) -> Result<Vec<String>> {
         // pids first: a process that ends meanwhile must not hide a mount that it held.
         let mut found = Vec::new();
-        for (pid, line) in self.processes()? {
-            let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-            let inside = groups
-                .lines()
-                .any(|group| group.rsplit('/').next() == Some(id));
-            if inside || format!("{line} ").contains(&format!("-id {id} ")) {
-                found.push(format!("process {pid}: {line}"));
-            }
-        }
+        let mut processes = self.processes_of(id)?;
+        processes.extend(self.processes_with(&[&format!("-id {id} ")])?);
+        found.extend(
+            processes
+                .iter()
+                .map(|(pid, line)| format!("process {pid}: {line}")),
+        );
+        let cgroups = cgroup::names(id).map(|name| format!("-name '{name}'"));
         let script = format!(
             "grep -E '/{id}(/| )' /proc/self/mountinfo; \
-             find /sys/fs/cgroup -type d -name '{id}'; \
-             find /run/containerd /run/rekindle -name '{id}' 2>/dev/null; true"
+             find /sys/fs/cgroup -type d '(' {} ')'; \
+             find /run/containerd /run/rekindle -name '{id}' 2>/dev/null; true",
+            cgroups.join(" -o ")
         );
         let rest = self.run(["sh", "-c", &script]).await?;
         found.extend(rest.lines().map(str::to_owned));
+        if self.is_a_machine() {
+            // One that has failed has no cgroup any more, and would be in the way of the next.
+            let scopes = cgroup::names(id).map(|name| format!("'{name}'"));
+            let list = format!(
+                "systemctl list-units --all --no-legend --plain {}",
+                scopes.join(" ")
+            );
+            found.extend(
+                self.run(["sh", "-c", &list])
+                    .await?
+                    .lines()
+                    .map(str::to_owned),
+            );
+        }
         Ok(found)
     }
 

@@ -1,21 +1,16 @@
-//! The shim under unified cgroup v2 and Debian's own kernel: a virtual machine runs `vm/story.sh`, once for all tests of
-//! this program, and each of them is one check of it.
+//! The shim under unified cgroup v2 and Debian's own kernel, with and without systemd's cgroups: a virtual machine runs
+//! `vm/story.sh`, once for all tests of this program, and each of them is one check of it.
 
 #![cfg(target_arch = "x86_64")]
 
-use anyhow::{Result, anyhow};
-use rekindle_harness::{Suite, images, vm::Machine};
-use std::sync::OnceLock;
+use anyhow::Result;
+use rekindle_harness::images;
+use rekindle_harness::vm::{Errand, Machine};
 
 const STORY: &str = include_str!("vm/story.sh");
 
 fn machine() -> Result<&'static Machine> {
-    static MACHINE: OnceLock<Result<Machine, String>> = OnceLock::new();
-    let boot = || Machine::boot(Suite::from_env()?, &images::busybox()?, STORY);
-    MACHINE
-        .get_or_init(|| boot().map_err(|e| format!("{e:#}")))
-        .as_ref()
-        .map_err(|e| anyhow!("{e}"))
+    Machine::of_this_program(|| Errand::story(STORY, &images::busybox()?))
 }
 
 macro_rules! checks {
@@ -50,5 +45,7 @@ checks! {
     a_container_with_its_own_network_continues
     a_restored_container_is_one_like_any_other
     every_process_is_who_it_was
+    a_named_image_continues_in_a_scope_of_its_own
+    a_killed_shim_leaves_no_scope
     nothing_stays_after_delete
 }

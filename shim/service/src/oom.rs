@@ -9,6 +9,9 @@
 //! A task of the runtime per container, and one descriptor. Version 2 says that `memory.events` has
 //! changed, and the counter in it says whether a kill was among the changes. Version 1 rings an eventfd
 //! before it kills; its counter in `memory.oom_control` follows, and leaves out cgroups below.
+//!
+//! systemd removes a scope as soon as its last process is gone, before anybody can look. But its parent has counted
+//! the kill too, so the parent's counter is kept beside the cgroup's own: what it has more, when that is gone, was here.
 
 use std::{
     fs, io,
@@ -105,10 +108,40 @@ struct Source {
 #[derive(Debug)]
 enum Kind {
     V1,
-    V2 {
-        /// Kills that were told.
-        reported: u64,
-    },
+    /// With the kills that were seen.
+    V2(Kills),
+}
+
+/// Kills in a cgroup of version 2.
+#[derive(Debug)]
+struct Kills {
+    /// `None` when it is gone.
+    own: Option<u64>,
+    /// In its parent and all below that. The topmost cgroup does not count.
+    parent: Option<u64>,
+}
+
+impl Kills {
+    fn read(folder: &Folder) -> Self {
+        let kills = |folder: &Folder| Some(folder.table("memory.events")?.get("oom_kill"));
+        let mut own = kills(folder);
+        loop {
+            let parent = folder.parent().as_ref().and_then(kills);
+            // One between the two would be in the parent's alone.
+            let again = kills(folder);
+            if again == own {
+                return Self { own, parent };
+            }
+            own = again;
+        }
+    }
+
+    fn exceed(&self, seen: &Self) -> bool {
+        match self.own {
+            Some(own) => own > seen.own.unwrap_or(0),
+            None => self.parent > seen.parent,
+        }
+    }
 }
 
 impl Source {
@@ -127,7 +160,16 @@ impl Source {
     fn v2(folder: &Folder) -> io::Result<Self> {
         let changes = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         inotify::add_watch(&changes, folder.file("memory.events"), WatchFlags::MODIFY)?;
-        Self::new(changes, folder, Kind::V2 { reported: 0 })
+        if let Some(parent) = folder.parent() {
+            // Another's kill must not be taken for one here later.
+            let _ = inotify::add_watch(&changes, parent.file("memory.events"), WatchFlags::MODIFY);
+        }
+        // Kills from before the watch are not seen yet.
+        let seen = Kills {
+            own: None,
+            ..Kills::read(folder)
+        };
+        Self::new(changes, folder, Kind::V2(seen))
     }
 
     fn new(fd: OwnedFd, folder: &Folder, kind: Kind) -> io::Result<Self> {
@@ -153,11 +195,10 @@ impl Source {
         match &mut self.kind {
             // The bell also rings when the cgroup is removed, after its files.
             Kind::V1 => told && self.folder.file("memory.oom_control").exists(),
-            Kind::V2 { reported } => {
-                let events = self.folder.table("memory.events").unwrap_or_default();
-                let kills = events.get("oom_kill");
-                let more = kills > *reported;
-                *reported = kills.max(*reported);
+            Kind::V2(seen) => {
+                let now = Kills::read(&self.folder);
+                let more = now.exceed(seen);
+                *seen = now;
                 more
             }
         }
@@ -228,6 +269,32 @@ mod tests {
         fs::remove_file(folder.path().join("memory.events")).unwrap();
         watch.finish().await;
         assert_eq!(reports.recv().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_kill_is_told_by_the_parent_when_the_cgroup_is_gone() {
+        for (kills_in_parent, reports_expected) in [(1, 1), (0, 0)] {
+            let parent = tempfile::tempdir().unwrap();
+            let folder = parent.path().join("scope");
+            fs::create_dir(&folder).unwrap();
+            // Another's kills of earlier.
+            write(parent.path(), 4);
+            write(&folder, 0);
+            let mut source = Source::v2(&Folder::new(&folder)).unwrap();
+            assert!(!source.has_killed(false));
+            write(parent.path(), 5);
+            assert!(!source.has_killed(true), "it was another's");
+            write(parent.path(), 5 + kills_in_parent);
+            fs::remove_dir_all(&folder).unwrap();
+            let (sender, mut reports) = mpsc::unbounded_channel();
+            let watch = Watch::start(source, move || sender.send(()).unwrap());
+            watch.finish().await;
+            let mut count = 0;
+            while reports.recv().await.is_some() {
+                count += 1;
+            }
+            assert_eq!(count, reports_expected);
+        }
     }
 
     #[tokio::test]

@@ -245,9 +245,8 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let id = request.id.clone();
-        let exec = ExecRequest::parse(request)?;
-        self.container(&id)?.add_exec(exec)?;
+        let container = self.container(&request.id)?;
+        container.add_exec(ExecRequest::parse(request)?)?;
         Ok(Empty::new())
     }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 /// A container that is being described.
 #[derive(Debug)]
 pub struct Builder<'n> {
-    node: &'n Node,
+    pub(crate) node: &'n Node,
     pub(crate) id: String,
     image: Option<Image>,
     pub(crate) args: Vec<String>,
@@ -58,7 +58,10 @@ impl<'n> Builder<'n> {
             annotations: BTreeMap::new(),
             binds: Vec::new(),
             runtime: "io.containerd.runc.v2".into(),
-            options: Options::default(),
+            options: Options {
+                systemd_cgroup: node.is_a_machine(),
+                ..Default::default()
+            },
             checkpoint: None,
             changes: Vec::new(),
         }

@@ -128,7 +128,7 @@ impl<'n> PodBuilder<'n> {
                 .map(|(key, value)| (key.to_owned(), value.clone()))
                 .into();
             if let Some(linux) = &mut self.config.linux {
-                linux.cgroup_parent = format!("/kubepods/pod{}", metadata.uid);
+                linux.cgroup_parent = node.cgroup_parent(&metadata.uid);
             }
         }
         let folder = folder_of(&self.config);

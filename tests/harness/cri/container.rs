@@ -146,14 +146,7 @@ impl<'p, 'n> CriContainer<'p, 'n> {
 
     /// Its first process, as the host counts.
     pub async fn pid(&self) -> Result<u32> {
-        let group = |line: &str| line.rsplit('/').next() == Some(self.id.as_str());
-        let mut pids: Vec<u32> = Vec::new();
-        for (pid, _) in self.pod.node().processes()? {
-            let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-            if groups.lines().any(group) {
-                pids.push(pid);
-            }
-        }
+        let processes = self.pod.node().processes_of(&self.id)?;
         let first = |pid: &u32| {
             let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let inside = status
@@ -161,8 +154,8 @@ impl<'p, 'n> CriContainer<'p, 'n> {
                 .find_map(|line| line.strip_prefix("NSpid:").map(str::to_owned));
             inside.is_some_and(|pids| pids.split_whitespace().last() == Some("1"))
         };
-        pids.into_iter()
-            .find(first)
+        let mut pids = processes.into_iter().map(|(pid, _)| pid);
+        pids.find(first)
             .with_context(|| format!("container {} has no first process", self.id))
     }
 

@@ -45,6 +45,8 @@ macro_rules! tests {
             $(mod $module {
                 $(#[tokio::test]
                 async fn $test() -> anyhow::Result<()> {
+                    let name = concat!(stringify!($name), "::", stringify!($module), "::", stringify!($test));
+                    if let Some(outcome) = rekindle_harness::vm::instead(name) { return outcome; }
                     let Some(node) = crate::stage(rekindle_harness::Runtime::$runtime).await? else { return Ok(()) };
                     let outcome = crate::$module::$test(&node.cri().await?).await;
                     outcome.map_err(|e| e.context(format!("containerd's log ends with\n{}", node.log_tail(12))))

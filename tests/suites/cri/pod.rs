@@ -133,10 +133,8 @@ pub(crate) async fn a_shared_pid_namespace_is_shared(cri: &Cri<'_>) -> Result<()
 pub(crate) async fn a_killed_sandbox_is_told(cri: &Cri<'_>) -> Result<()> {
     let pod = cri.pod("headless").run().await?;
     let one = pod.container("one").args(&["/counter"]).run().await?;
-    let group = format!("/{}", pod.id());
-    for (pid, line) in cri.node().processes()? {
-        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-        if groups.lines().any(|line| line.ends_with(&group)) && line.contains("/pause") {
+    for (pid, line) in cri.node().processes_of(pod.id())? {
+        if line.contains("/pause") {
             let pid = nix::unistd::Pid::from_raw(pid.try_into()?);
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
         }

@@ -179,7 +179,7 @@ pub(crate) async fn a_long_restore_delays_nobody_else(stage: &Stage) -> Result<(
     let meanwhile = async {
         let criu = stage.node.catch(&["criu", "swrk"], Signal::SIGSTOP).await?;
         // Less than a restore may take: nothing ends in the meantime by itself.
-        let answered = tokio::time::timeout(poll::DEADLINE, calls).await;
+        let answered = tokio::time::timeout(*poll::DEADLINE, calls).await;
         kill(criu, Signal::SIGCONT)?;
         answered.context("a call waited for the restore of another container")?
     };

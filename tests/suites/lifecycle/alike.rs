@@ -259,8 +259,10 @@ fn random_calls_are_answered_alike() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let stages = async { anyhow::Ok((stage(Runtime::Go).await?, stage(Runtime::Rekindle).await?)) };
-    let (Some(go), Some(ours)) = runtime.block_on(stages)? else {
+    let Some(go) = runtime.block_on(stage(Runtime::Go))? else {
+        return Ok(());
+    };
+    let Some(ours) = runtime.block_on(stage(Runtime::Rekindle))? else {
         return Ok(());
     };
     let seed = match std::env::var("REKINDLE_SEED") {

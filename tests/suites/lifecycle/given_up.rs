@@ -4,8 +4,8 @@ use crate::{Stage, code, process::is_gone};
 use anyhow::{Result, ensure};
 use containerd_client::tonic::Code;
 use nix::sys::signal::{Signal, kill};
-use rekindle_harness::Runtime;
 use rekindle_harness::container::State;
+use rekindle_harness::{Runtime, poll};
 use std::time::Duration;
 
 /// What puts containers into one shim.
@@ -22,7 +22,10 @@ pub(crate) async fn a_create_past_its_deadline_is_taken_back(stage: &Stage) -> R
     let held = stage
         .node
         .catch(&["runc ", " create ", "too-late"], Signal::SIGSTOP);
-    let (given_up, held) = tokio::join!(task.prepare().await?.create_within(LIMIT), held);
+    let (given_up, held) = tokio::join!(
+        task.prepare().await?.create_within(poll::patient(LIMIT)),
+        held
+    );
     let ((task, given_up), held) = (given_up?, held?);
     ensure!(
         [Code::DeadlineExceeded, Code::Cancelled].contains(&given_up.code()),
@@ -58,7 +61,7 @@ pub(crate) async fn a_create_whose_caller_went_away_is_taken_back(stage: &Stage)
         .await?;
     let task = task.create_until(gone).await?;
     // containerd has noticed when it does not know the task any more.
-    rekindle_harness::poll::until("containerd to forget the task", async || {
+    poll::until("containerd to forget the task", async || {
         Ok((code(task.state().await) == Code::NotFound).then_some(()))
     })
     .await?;

@@ -250,9 +250,9 @@ pub(crate) async fn resources_can_be_updated(stage: &Stage) -> Result<()> {
 }
 
 async fn memory_limit(stage: &Stage, task: &rekindle_harness::Container<'_>) -> Result<u64> {
-    let id = task.id();
+    let cgroup = stage.node.cgroup_of(task.id());
     let script = format!(
-        "cat /sys/fs/cgroup/memory/default/{id}/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/default/{id}/memory.max"
+        "cat /sys/fs/cgroup/memory{cgroup}/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup{cgroup}/memory.max"
     );
     Ok(stage
         .node
@@ -372,26 +372,7 @@ pub(crate) async fn nothing_stays_after_delete(stage: &Stage) -> Result<()> {
     task.remove().await
 }
 
-/// Waits until neither a process, nor a mount, nor a cgroup, nor a bundle of a container is left on the node.
+/// Waits until nothing of a container is left on the node.
 pub(crate) async fn is_gone(stage: &Stage, id: &str) -> Result<()> {
-    let script = format!(
-        "grep -F /{id}/ /proc/self/mountinfo; find /sys/fs/cgroup -type d -path '*/default/{id}'; \
-         ls -d /run/containerd/*/default/{id} /run/containerd/runc/default/{id} 2>/dev/null; true"
-    );
-    let mut last = String::new();
-    let gone = poll::until("the traces to go", async || {
-        last = stage.node.run(["sh", "-c", &script]).await?;
-        let cgroup = format!("/default/{id}");
-        for (pid, line) in stage.node.processes()? {
-            let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-            if groups.lines().any(|group| group.ends_with(&cgroup))
-                || format!("{line} ").contains(&format!("-id {id} "))
-            {
-                last += &format!("process {pid}: {line}\n");
-            }
-        }
-        Ok(last.is_empty().then_some(()))
-    });
-    let outcome = gone.await;
-    outcome.with_context(|| format!("what is left of {id}:\n{last}"))
+    stage.node.is_rid_of(id).await
 }

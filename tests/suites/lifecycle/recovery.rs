@@ -86,7 +86,7 @@ async fn reaped(stage: &Stage, pid: u32) -> Result<()> {
 /// Takes in so many attempts, and hangs up, that a shim waits for ten seconds before the next.
 async fn in_vain(listener: UnixListener) -> Result<()> {
     for _ in 0..3 {
-        let attempt = tokio::time::timeout(poll::DEADLINE, listener.accept());
+        let attempt = tokio::time::timeout(*poll::DEADLINE, listener.accept());
         attempt.await.context("the shim does not try again")??;
     }
     Ok(())

@@ -1,8 +1,10 @@
 #!/bin/bash
 # What the machine is asked, check by check, in this order; later ones use the containers of earlier ones. Each is a
 # function that ends well or says on stderr what it found.
+# The cgroups are runc's own making, but for the checks of scopes, which are systemd's.
 image=localhost/busybox:test
 group=/sys/fs/cgroup/default
+scopes=/sys/fs/cgroup/system.slice
 
 # Far beyond what the slowest check takes on a busy host.
 limit=150
@@ -159,7 +161,8 @@ a_plain_checkpoint_continues() {
   start plain --net-host --env COUNTER_FILE=/count
   within 20 counts_on plain 5
   local nonce n; read -r nonce n <<< "$(said plain)"
-  ctr container checkpoint --task plain localhost/plain:image
+  # ctr pauses it first, wherever it stands: between vfork and exec that is refused, and to be tried again.
+  within 60 ctr container checkpoint --task plain localhost/plain:image
   ctr task kill --signal SIGKILL plain
   within 20 status_is plain STOPPED
   ctr task delete plain
@@ -238,6 +241,48 @@ every_process_is_who_it_was() {
   done
 }
 
+start_in_scope() { # ID ARGUMENT…
+  local id=$1; shift
+  start "$id" --net-host --runc-systemd-cgroup --cgroup "system.slice:default:$id" "$@"
+}
+
+in_its_scope() { # ID
+  local group=$scopes/default-$1.scope
+  grep -qx "$(ctr task ls | awk -v id="$1" '$1 == id {print $2}')" "$group/cgroup.procs" || fail "$1 is not in $group"
+  systemctl is-active "default-$1.scope"
+}
+
+no_scope_is_left() { # ID
+  [ -z "$(systemctl list-units --all --no-legend "default-$1.scope")" ] && [ ! -e "$scopes/default-$1.scope" ]
+}
+
+a_named_image_continues_in_a_scope_of_its_own() {
+  start_in_scope scope
+  within 20 counts_on scope 5
+  in_its_scope scope
+  local nonce n; read -r nonce n <<< "$(said scope)"
+  rekindle checkpoint scope --name scope
+  start_in_scope scope-2 --annotation rekindle.dev/restore-from=scope
+  continues scope-2 "$nonce" "$n"
+  in_its_scope scope
+  in_its_scope scope-2
+  ctr task pause scope-2
+  grep -qx 'frozen 1' $scopes/default-scope-2.scope/cgroup.events
+  grep -qx 'frozen 0' $scopes/default-scope.scope/cgroup.events
+  ctr task resume scope-2
+  done_with scope
+  within 20 no_scope_is_left scope
+  in_its_scope scope-2
+}
+
+a_killed_shim_leaves_no_scope() {
+  kill -KILL "$(pgrep -f -- '-id scope-2( |$)')"
+  within 20 no_scope_is_left scope-2
+  within 20 no_task scope-2
+}
+
+no_task() { ! ctr task ls -q | grep -qx "$1"; } # ID
+
 no_shim_runs() { ! pgrep containerd-shim; }
 
 nothing_stays_after_delete() {
@@ -257,7 +302,8 @@ nothing_stays_after_delete() {
 }
 
 mkdir -p /run/said
-ctr images import /run/payload/image.tar > /dev/null
+systemctl start containerd
+ctr images import /run/errand/image.tar > /dev/null
 check cgroups_are_unified
 check an_exit_status_arrives
 check the_shim_answers_to_its_own_name
@@ -274,4 +320,6 @@ check a_named_image_continues_in_a_new_container
 check a_container_with_its_own_network_continues
 check a_restored_container_is_one_like_any_other
 check every_process_is_who_it_was
+check a_named_image_continues_in_a_scope_of_its_own
+check a_killed_shim_leaves_no_scope
 check nothing_stays_after_delete

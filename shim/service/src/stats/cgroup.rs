@@ -159,6 +159,11 @@ impl Folder {
         self.0.join(name)
     }
 
+    /// The cgroup above it.
+    pub(crate) fn parent(&self) -> Option<Self> {
+        Some(Self(self.0.parent()?.to_owned()))
+    }
+
     fn exists(&self) -> bool {
         self.0.is_dir()
     }
