@@ -112,14 +112,17 @@ async fn life(node: &Node, busybox: &Image, id: &str, fate: u64) -> Result<()> {
 async fn remove(node: &Node, id: &str) -> Result<()> {
     let line = format!(
         "ctr task kill --signal SIGKILL {id}; ctr task delete --force {id}; ctr container delete {id}; \
-         ! ctr task ls --quiet | grep -x {id} && ! ctr container ls --quiet | grep -x {id}"
+         there=$(ctr task ls --quiet && ctr container ls --quiet) && ! grep -x {id} <<< \"$there\""
     );
     poll::until("the container's removal", async || {
-        let gone = node.exec(["sh", "-c", &line]).await?.status.success();
+        let gone = node.exec(["bash", "-c", &line]).await?.status.success();
         Ok(gone.then_some(()))
     })
     .await?;
-    node.is_rid_of(id).await
+    let log = node.log_tail(usize::MAX);
+    let of_it: Vec<&str> = log.lines().filter(|line| line.contains(id)).collect();
+    let rid = node.is_rid_of(id).await;
+    rid.with_context(|| format!("containerd's log has of it\n{}", of_it.join("\n")))
 }
 
 /// Waits until nothing is left that any of them could have brought.

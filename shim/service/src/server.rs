@@ -87,7 +87,10 @@ async fn serve(flags: &Flags) -> Result<(), Error> {
     ] {
         drop(signal(kind).map_err(Error::io("ignoring a signal"))?);
     }
-    service.shutdown.notified().await;
+    tokio::select! {
+        () = service.shutdown.notified() => {}
+        () = service.forgotten() => tracing::info!("nobody knows of this shim any more"),
+    }
     // The answer to `Shutdown` has to leave before the connection does.
     server.stop_listen().await;
     // Before the wait: the next shim of the pod may listen there.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -36,12 +37,17 @@ use crate::{
     phases::create,
 };
 
+/// How often a shim without a container looks whether it is still wanted.
+const FORGOTTEN: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// The task service of one shim.
 #[derive(Debug, Clone)]
 pub(crate) struct TaskService {
     shared: Shared,
     containers: Arc<Mutex<HashMap<String, Slot>>>,
     pub(crate) shutdown: Arc<Notify>,
+    /// Told when a container has gone.
+    gone: Arc<Notify>,
     /// A shutdown that came while a create was under way.
     shutdown_asked: Arc<AtomicBool>,
 }
@@ -62,6 +68,7 @@ impl TaskService {
             shared,
             containers: Arc::default(),
             shutdown: Arc::default(),
+            gone: Arc::default(),
             shutdown_asked: Arc::default(),
         }
     }
@@ -132,6 +139,7 @@ impl TaskService {
             Err(_) if given_up => {}
             Err(_) => {
                 containers.remove(id);
+                self.gone.notify_one();
             }
         }
         given_up
@@ -158,7 +166,26 @@ impl TaskService {
         }
         bundle::remove(bundle).await;
         self.containers().remove(id);
+        self.gone.notify_one();
         self.end_if_asked();
+    }
+
+    /// Waits until nobody can mean this shim any more: it has no container, and its bundle is gone. A containerd that was
+    /// killed between the start of a shim and its first create, or after the last delete, removes the bundle when it
+    /// comes back, and leaves the shim.
+    pub(crate) async fn forgotten(&self) {
+        loop {
+            let has_some = !self.containers().is_empty();
+            if has_some {
+                self.gone.notified().await;
+            }
+            tokio::time::sleep(FORGOTTEN).await;
+            // A folder that is removed stays a process's own, without a name.
+            let gone = std::fs::metadata(".").is_ok_and(|folder| folder.nlink() == 0);
+            if gone && self.containers().is_empty() {
+                return;
+            }
+        }
     }
 
     /// Ends the shim once its last container is gone, where containerd has asked for that.
@@ -226,6 +253,7 @@ impl Task for TaskService {
         let (pid, exit) = if request.exec_id.is_empty() {
             let (view, exit) = container.delete().await?;
             self.containers().remove(&request.id);
+            self.gone.notify_one();
             let mut event = TaskDelete::new();
             event.container_id.clone_from(&request.id);
             event.pid = view.pid.cast_unsigned();

@@ -29,12 +29,16 @@ use rustix::{
 
 /// Runs `start` with the parameters of containerd 2.3.
 fn start(bundle: &Path, sched_core: &str) -> Output {
+    start_in(bundle, &bundle.join("sockets"), sched_core)
+}
+
+fn start_in(bundle: &Path, sockets: &Path, sched_core: &str) -> Output {
     fs::write(bundle.join("config.json"), r#"{"ociVersion": "1.1.0"}"#).unwrap();
     let params = BootstrapParams {
         instance_id: "one".to_owned(),
         namespace: "test".to_owned(),
         containerd_grpc_address: bundle.join("containerd.sock").display().to_string(),
-        socket_dir: Some(bundle.join("sockets").display().to_string()),
+        socket_dir: Some(sockets.display().to_string()),
         ..Default::default()
     };
     let mut start = Command::new(env!("CARGO_BIN_EXE_containerd-shim-rekindle-v1"))
@@ -120,6 +124,23 @@ fn the_socket_of_a_shim_that_was_killed_is_no_obstacle() {
     drop(UnixListener::bind(socket).unwrap());
     assert!(Path::new(socket).exists());
     assert_eq!(address(), first);
+}
+
+#[test]
+fn a_shim_without_a_container_ends_when_its_bundle_is_gone() {
+    let (bundle, sockets) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let output = start_in(bundle.path(), sockets.path(), "");
+    assert!(output.status.success());
+    let answer = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
+    let socket = Path::new(answer.address.strip_prefix("unix://").unwrap());
+    assert!(socket.exists());
+    bundle.close().unwrap();
+    let since = Instant::now();
+    // The last that it does before its end.
+    while socket.exists() {
+        assert!(since.elapsed() < Duration::from_secs(40), "it serves on");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Not every kernel has it, and none without threads that share a core.
