@@ -7,6 +7,8 @@ use rekindle_harness::progress::Progress;
 use rekindle_harness::{Image, Node, NodeConfig, Runtime, images};
 use std::fs;
 
+/// So many execs make one measurement, their median: where a cgroup is joined the kernel waits, or does not, for 10 ms.
+const EXECS: usize = 9;
 /// Pods that run at once, for the memory that their shims take together.
 const PODS: usize = 100;
 /// What runs for ever without doing anything.
@@ -30,7 +32,7 @@ pub(crate) struct Memory {
 pub(crate) struct Cost {
     /// Milliseconds of each `ctr run --rm IMAGE ID true`.
     pub(crate) runs: Vec<f64>,
-    /// Milliseconds of each `ctr task exec … true`.
+    /// Milliseconds of `ctr task exec … true`.
     pub(crate) execs: Vec<f64>,
     /// A shim's memory in KiB, measured after each exec.
     pub(crate) rss: Vec<f64>,
@@ -135,9 +137,14 @@ impl Side {
 
     async fn once(&self, pair: usize, cost: &mut Cost) -> Result<()> {
         cost.runs.push(self.run(&format!("run-{pair}")).await?);
-        let exec = format!("exec-{pair}");
-        let exec = ["ctr", "task", "exec", "--exec-id", &exec, "idle", "true"];
-        cost.execs.push(self.timed(&exec).await?);
+        let mut execs = Vec::new();
+        for exec in 0..EXECS {
+            let id = format!("exec-{pair}-{exec}");
+            let exec = ["ctr", "task", "exec", "--exec-id", &id, "idle", "true"];
+            execs.push(self.timed(&exec).await?);
+        }
+        cost.execs
+            .push(execs.into_iter().collect::<Series>().median());
         let (pid, _) = self.node.shim_of("idle")?;
         cost.rss.push(memory(pid)?.rss as f64);
         cost.threads = field(pid, "status", "Threads")?;
