@@ -3,6 +3,8 @@
 
 #[path = "bench/figures.rs"]
 mod figures;
+#[path = "bench/held.rs"]
+mod held;
 #[path = "bench/machine.rs"]
 mod machine;
 #[path = "bench/report.rs"]

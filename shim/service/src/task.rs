@@ -273,8 +273,9 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
-        container.add_exec(ExecRequest::parse(request)?)?;
+        let id = request.id.clone();
+        let exec = ExecRequest::parse(request)?;
+        self.container(&id)?.add_exec(exec)?;
         Ok(Empty::new())
     }
 

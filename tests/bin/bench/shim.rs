@@ -1,6 +1,7 @@
 //! The measurement: our shim and the one that containerd ships, each on a node of its own, in turn.
 
 use crate::figures::Series;
+use crate::held::{self, Answers};
 use crate::machine::{self, Machine};
 use anyhow::{Context, Result, ensure};
 use rekindle_harness::progress::Progress;
@@ -50,6 +51,8 @@ pub(crate) struct Compared {
     pub(crate) machine: Machine,
     pub(crate) go: Cost,
     pub(crate) ours: Cost,
+    /// Ours, of a container that is being restored.
+    pub(crate) held: Answers,
 }
 
 impl Compared {
@@ -70,6 +73,7 @@ pub(crate) async fn measure(pairs: usize) -> Result<Compared> {
         machine: machine::facts(&ours.node)?,
         go: Cost::default(),
         ours: Cost::default(),
+        held: Answers::default(),
     };
     let progress = Progress::live("measuring");
     for pair in 0..pairs {
@@ -83,6 +87,8 @@ pub(crate) async fn measure(pairs: usize) -> Result<Compared> {
             go.once(pair, &mut compared.go).await?;
         }
     }
+    progress.step("restores that stand still");
+    compared.held = held::measure(&ours.node, &busybox, pairs).await?;
     progress.step(&format!("{PODS} pods at once"));
     go.many(&mut compared.go).await?;
     ours.many(&mut compared.ours).await?;

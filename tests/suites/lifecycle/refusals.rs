@@ -19,6 +19,18 @@ macro_rules! codes {
     };
 }
 
+/// A process to be added to a container.
+fn exec(id: &str, process: &[u8]) -> api::ExecProcessRequest {
+    let mut spec = protobuf::well_known_types::any::Any::new();
+    spec.value = process.to_vec();
+    api::ExecProcessRequest {
+        id: id.to_owned(),
+        exec_id: "wrong".to_owned(),
+        spec: protobuf::MessageField::some(spec),
+        ..Default::default()
+    }
+}
+
 /// The shim of containerd 1.7 knows only version 2 of the task service.
 pub(crate) fn speaks_version_3(stage: &Stage) -> bool {
     stage.node.runtime() == Runtime::Rekindle || stage.node.suite() != Suite::Trixie
@@ -36,7 +48,6 @@ pub(crate) async fn an_unknown_container_is_not_found_by_the_shim(stage: &Stage)
         state StateRequest { id }
         start StartRequest { id }
         delete DeleteRequest { id }
-        exec ExecProcessRequest { id }
         resize_pty ResizePtyRequest { id }
         pause PauseRequest { id }
         resume ResumeRequest { id }
@@ -51,6 +62,8 @@ pub(crate) async fn an_unknown_container_is_not_found_by_the_shim(stage: &Stage)
     for (call, code) in answers {
         assert_eq!(code, ShimCode::NOT_FOUND, "{call}");
     }
+    let answer = shim.exec(deadline(), &exec(id, b"{}")).await;
+    assert_eq!(shim::code(answer)?, ShimCode::NOT_FOUND, "exec");
     task.remove().await
 }
 
@@ -261,20 +274,12 @@ pub(crate) async fn an_exec_that_is_no_json_is_refused(stage: &Stage) -> Result<
     let task = stage.container("exec-json").shell("sleep 1000").run();
     let task = task.await?;
     let shim = stage.node.shim("exec-json").await?;
-    let mut spec = protobuf::well_known_types::any::Any::new();
-    spec.value = b"not JSON".to_vec();
-    let request = api::ExecProcessRequest {
-        id: "exec-json".to_owned(),
-        exec_id: "wrong".to_owned(),
-        spec: protobuf::MessageField::some(spec),
-        ..Default::default()
-    };
     let expected = match stage.node.runtime() {
         Runtime::Go => ShimCode::UNKNOWN,
         Runtime::Rekindle => ShimCode::INVALID_ARGUMENT,
     };
-    let answer = shim.exec(deadline(), &request).await;
-    assert_eq!(shim::code(answer)?, expected);
+    let answer = shim.exec(deadline(), &exec("exec-json", b"not JSON"));
+    assert_eq!(shim::code(answer.await)?, expected);
     // Its id is not taken.
     task.exec_again("wrong").await?;
     task.remove().await

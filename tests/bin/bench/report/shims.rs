@@ -28,6 +28,9 @@ pub(super) fn tables(out: &mut StdoutLock<'_>, compared: &Compared) -> Result<()
         rows.push((format!("{name}: ours"), all(of(ours)), 0));
         rows.push(("  ours / Go, per pair".to_owned(), compared.ratio(of), 2));
     }
+    let held = &compared.held;
+    rows.push(("State in a restore, ms".to_owned(), held.state.clone(), 1));
+    rows.push(("Kill in a restore, ms".to_owned(), held.kill.clone(), 1));
     let rows: Vec<_> = rows
         .iter()
         .map(|(name, series, digits)| (name.as_str(), series.clone(), *digits))
@@ -88,5 +91,6 @@ pub(super) fn json(compared: &Compared) -> Value {
         "go": side(&compared.go),
         "ours": side(&compared.ours),
         "ours_by_go": ratios,
+        "in_a_restore": {"state_ms": series(&compared.held.state), "kill_ms": series(&compared.held.kill)},
     })
 }
