@@ -278,8 +278,8 @@ pub(crate) async fn an_exec_that_is_no_json_is_refused(stage: &Stage) -> Result<
         Runtime::Go => ShimCode::UNKNOWN,
         Runtime::Rekindle => ShimCode::INVALID_ARGUMENT,
     };
-    let answer = shim.exec(deadline(), &exec("exec-json", b"not JSON"));
-    assert_eq!(shim::code(answer.await)?, expected);
+    let answer = shim.exec(deadline(), &exec("exec-json", b"not JSON")).await;
+    assert_eq!(shim::code(answer)?, expected);
     // Its id is not taken.
     task.exec_again("wrong").await?;
     task.remove().await
