@@ -190,7 +190,6 @@ impl Container {
 
     /// Adds an exec; it starts by a call of its own.
     pub(crate) fn add_exec(&self, request: ExecRequest) -> Result<(), Error> {
-        self.admit(Request::Exec)?;
         let exec = Exec {
             id: request.id.clone(),
             process: request.process,
@@ -206,6 +205,7 @@ impl Container {
             if execs.contains_key(&request.id) {
                 return Err(Error::Exists(format!("exec {}", request.id)));
             }
+            self.admit(Request::Exec)?;
             execs.insert(request.id.clone(), Arc::new(exec));
         }
         let mut event = TaskExecAdded::new();
