@@ -7,10 +7,11 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use std::io::{StdoutLock, Write};
 
-type Of<T> = fn(&Cost) -> T;
+type Once = fn(&Cost) -> f64;
+type Often = fn(&Cost) -> &Vec<f64>;
 
 /// What is compared, and the most that ours may take of theirs.
-const COMPARED: [(&str, &str, Of<&Vec<f64>>, f64); 3] = [
+const COMPARED: [(&str, &str, Often, f64); 3] = [
     ("run", "run --rm true, ms", |cost| &cost.runs, 0.75),
     ("exec", "exec true, ms", |cost| &cost.execs, 0.8),
     ("rss", "RSS of a shim, KiB", |cost| &cost.rss, 0.3),
@@ -40,7 +41,7 @@ pub(super) fn tables(out: &mut StdoutLock<'_>, compared: &Compared) -> Result<()
     super::rows(out, &rows)?;
 
     writeln!(out, "\n{:<32}{:>10}{:>10}", "", "Go", "ours")?;
-    let once: [(&str, Of<f64>, usize); 5] = [
+    let once: [(&str, Once, usize); 5] = [
         ("threads of a shim", |c| c.threads as f64, 0),
         ("binary, MB", |c| c.binary_bytes as f64 / 1e6, 1),
         ("100 pods at once, s", |c| c.pods_s, 1),
