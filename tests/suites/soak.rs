@@ -101,7 +101,7 @@ async fn life(node: &Node, busybox: &Image, id: &str, fate: u64) -> Result<()> {
             task.pause().await?;
         }
     }
-    if (fate >> 8) % SHIMS == 0 {
+    if (fate >> 8).is_multiple_of(SHIMS) {
         let (shim, _) = node.shim_of(id)?;
         kill(Pid::from_raw(shim.try_into()?), Signal::SIGKILL)?;
     }
