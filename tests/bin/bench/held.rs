@@ -53,6 +53,7 @@ pub(crate) async fn measure(node: &Node, busybox: &Image, times: usize) -> Resul
         let (started, asked) = tokio::join!(task.start(), ask);
         asked?;
         ensure!(started.is_err(), "a restore that was killed has started");
+        task.delete().await?;
         task.remove().await?;
     }
     Ok(Answers {
