@@ -241,7 +241,11 @@ impl Container {
         let (this, started) = (Arc::clone(self), Arc::clone(&exec));
         let run = tokio::spawn(async move {
             let _open = open;
-            let result = this.run_exec(&started).await;
+            // And one more: after a panic the init's end would wait for an exec that is starting for ever.
+            let (of, one) = (Arc::clone(&this), Arc::clone(&started));
+            let run = tokio::spawn(async move { of.run_exec(&one).await });
+            let gone = |_| Err(Error::DriverGone(this.fixed.id.clone()));
+            let result = run.await.unwrap_or_else(gone);
             if result.is_err() {
                 started.view.send_modify(|view| {
                     view.state = ExecState::Failed(Exit {
