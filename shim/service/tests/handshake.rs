@@ -6,6 +6,8 @@
     reason = "a test, which waits on its own thread"
 )]
 
+mod shim;
+
 use std::{
     fs,
     io::Write,
@@ -81,15 +83,7 @@ fn meet_and_end(answer: &BootstrapResult, look: impl FnOnce(Pid)) {
         ended.unwrap();
         connected.unwrap().shim_pid
     });
-    let since = Instant::now();
-    // A zombie has no program: whoever adopts it here may not reap it.
-    while fs::read_link(format!("/proc/{pid}/exe")).is_ok() {
-        assert!(
-            since.elapsed() < Duration::from_secs(40),
-            "the shim did not end"
-        );
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    shim::ends(pid);
 }
 
 #[test]
