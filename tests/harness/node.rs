@@ -154,7 +154,7 @@ impl Node {
     }
 
     /// Whether it is a machine with a systemd, and not a part of one.
-    pub(crate) fn is_a_machine(&self) -> bool {
+    pub fn is_a_machine(&self) -> bool {
         self.keeper.is_none()
     }
 

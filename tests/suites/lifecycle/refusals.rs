@@ -331,7 +331,10 @@ pub(crate) async fn a_stopped_task_is_only_looked_at_and_deleted(stage: &Stage) 
     if speaks_version_3(stage) {
         let (shim, id) = (stage.node.shim("stopped").await?, "stopped");
         let [(_, answer)] = codes! { shim: stats StatsRequest { id } };
-        assert_eq!(answer, ShimCode::OK);
+        // A scope goes with its last process, as soon as systemd comes to it.
+        let gone = [ShimCode::NOT_FOUND, ShimCode::UNKNOWN];
+        let scope = stage.node.is_a_machine() && gone.contains(&answer);
+        assert!(scope || answer == ShimCode::OK, "{answer:?}");
     }
     assert_eq!(task.delete().await?.status, 3);
     task.remove().await

@@ -89,8 +89,8 @@ pub(crate) async fn the_shim_dies_of_no_memory_before_containerd(stage: &Stage) 
     let task = stage.container("score").shell("sleep 1000").run().await?;
     let score = |path: String| -> Result<i32> { Ok(fs::read_to_string(path)?.trim().parse()?) };
     let (shim, _) = stage.node.shim_of("score")?;
-    let pid = "cat /proc/$(cat /run/containerd.pid)/oom_score_adj";
-    let containerd: i32 = stage.node.run(["sh", "-c", pid]).await?.trim().parse()?;
+    let file = "cat /proc/$(pidof -s containerd)/oom_score_adj";
+    let containerd: i32 = stage.node.run(["sh", "-c", file]).await?.trim().parse()?;
     let shim = score(format!("/proc/{shim}/oom_score_adj"))?;
     assert_eq!(shim, (containerd + 1).min(1000));
     task.remove().await
