@@ -1,8 +1,10 @@
-//! The benchmarks: what our shim costs beside the one that containerd ships, and how much sooner a warm start answers than
-//! a cold one. `make bench` runs them.
+//! The benchmarks: what our shim costs beside the one that containerd ships, how much sooner a warm start answers than a
+//! cold one, and what the format of images costs. `make bench` runs them.
 
 #[path = "bench/figures.rs"]
 mod figures;
+#[path = "bench/format.rs"]
+mod format;
 #[path = "bench/held.rs"]
 mod held;
 #[path = "bench/machine.rs"]
@@ -19,11 +21,12 @@ use std::io::Write;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-Usage: bench [shim] [starts] [--pairs N] [--json]
+Usage: bench [shim] [starts] [format] [--pairs N] [--json]
 
   shim       ours against the one that containerd ships: run, exec, memory
   starts     warm starts of a model server against cold ones
-             (without either: both)
+  format     digests, chunks and generations of images, without a node
+             (without any of these: all)
   --pairs N  measure N pairs, one after the other [default: 15]
   --json     print one line of JSON for each in place of the tables";
 
@@ -32,6 +35,7 @@ Usage: bench [shim] [starts] [--pairs N] [--json]
 struct Args {
     shim: bool,
     starts: bool,
+    format: bool,
     pairs: usize,
     json: bool,
 }
@@ -41,6 +45,7 @@ impl Args {
         let mut args = Args {
             shim: false,
             starts: false,
+            format: false,
             pairs: 15,
             json: false,
         };
@@ -48,6 +53,7 @@ impl Args {
             match word.as_str() {
                 "shim" => args.shim = true,
                 "starts" => args.starts = true,
+                "format" => args.format = true,
                 "--json" => args.json = true,
                 "--pairs" => {
                     let number = typed.next().context("--pairs wants a number")?;
@@ -61,8 +67,8 @@ impl Args {
                 other => bail!("{other:?} is not understood\n\n{USAGE}"),
             }
         }
-        if !args.shim && !args.starts {
-            (args.shim, args.starts) = (true, true);
+        if !args.shim && !args.starts && !args.format {
+            (args.shim, args.starts, args.format) = (true, true, true);
         }
         Ok(Some(args))
     }
@@ -74,6 +80,9 @@ async fn measure(args: &Args) -> Result<()> {
     }
     if args.starts {
         report::starts(&starts::measure(args.pairs).await?, args.json)?;
+    }
+    if args.format {
+        report::format(&format::measure(args.pairs)?, args.json)?;
     }
     Ok(())
 }

@@ -23,7 +23,7 @@ mod pack;
 mod unpack;
 
 pub use made::Made;
-pub use pack::{Packed, pack, pack_with_deleted};
+pub use pack::{Packed, Sink, pack, pack_with_deleted};
 pub use unpack::{Existing, Unpacked, unpack};
 
 /// Deepest folder that is packed or unpacked. Each level costs a descriptor while packing.

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //!  <root>/                                  0700
-//!    .partial/<request>/                    being made; request.json, criu/, upper.tar, shm.tar
+//!    .partial/<request>/                    being made; request.json, criu/, pack-…
 //!    .partial/<request>.lock                shared by who asked and who makes; free means: left over
-//!    <namespace>/<name>/<generation>/       sealed: manifest.json, manifest.crc64, and what they list
+//!    <namespace>/<name>/<generation>/       sealed: manifest.json, manifest.blake3, and what they list
 //!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it
 //!    <namespace>/<name>/.last               the highest generation there ever was
 //! ```
-//! [`Request`] (who asked) and [`Partial`] (who makes) are two processes' ends of one partial folder;
-//! [`SealedImage`] has a manifest and nothing else can be had from it; [`VerifiedImage`] gives files.
+//! [`Request`] (who asked) and [`Order`] (who makes a [`Partial`] of it) are two processes' ends of one partial
+//! folder; [`SealedImage`] has a manifest and nothing else can be had from it; [`VerifiedImage`] gives files.
 
 use std::{
     io,
@@ -20,6 +20,7 @@ use rekindle_core::name::{ImageName, ImageRef, Namespace};
 use rekindle_store::StoreError;
 
 use crate::{
+    chunks::ChunkError,
     criu_image::CriuImageError,
     manifest::{ManifestError, shorten},
 };
@@ -28,9 +29,10 @@ mod partial;
 mod store;
 mod verify;
 
-pub use partial::{Partial, Request};
+pub use partial::{Order, Partial, Request, Scratch};
+pub(crate) use store::open_regular;
 pub use store::{ImageStore, Listed, SealedImage};
-pub use verify::VerifiedImage;
+pub use verify::{StagedImage, VerifiedImage};
 
 /// What is wrong with a file of an image.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -86,6 +88,31 @@ pub enum ImageError {
         /// Why.
         source: ManifestError,
     },
+    /// Its chunks are refused, or could not be stored.
+    #[error("image {image} is refused")]
+    Chunks {
+        /// Which image.
+        image: String,
+        /// Why.
+        source: ChunkError,
+    },
+    /// It is encrypted, and no key was given, or another one.
+    #[error(
+        "image {image} is encrypted with the key {key:?}, {found}: [[images.key]] in the configuration names keys"
+    )]
+    Locked {
+        /// Which image.
+        image: String,
+        /// The key's name.
+        key: String,
+        /// "which this node does not have".
+        found: &'static str,
+    },
+    /// It is not encrypted, where it has to be.
+    #[error(
+        "image {0} is not encrypted, and this node has a key for its namespace: whoever made it did not have that key"
+    )]
+    Unlocked(String),
     /// Its CRIU files are refused.
     #[error("image {image} is refused")]
     Criu {
@@ -120,6 +147,9 @@ pub enum ImageError {
         /// What was found.
         reason: String,
     },
+    /// A chunk could not be stored.
+    #[error(transparent)]
+    Chunk(#[from] ChunkError),
     /// The store could not do it.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -2,10 +2,10 @@
 //! one is restored.
 //!
 //! ```text
-//!  make     ImageStore::begin ─▶ Partial ─▶ PageServerLink (tasks stopped) ─▶ Partial::seal ─▶ SealedImage
-//!                                              │ pages::copy_lazy_pages
-//!                                              └ archive::pack  (upper layer, /dev/shm)
-//!  restore  ImageStore::resolve ─▶ SealedImage ─verify─▶ VerifiedImage ─fit─▶ archive::unpack ─▶ Pager
+//!  make     ImageStore::begin ─▶ Order ─▶ Partial ─▶ PageServerLink (tasks stopped) ─▶ Partial::seal ─▶ SealedImage
+//!                                           │ pages::take_pages
+//!                                           └ archive::pack  (upper layer, /dev/shm)
+//!  restore  ImageStore::resolve ─▶ SealedImage ─verify─▶ VerifiedImage ─fit─▶ archive::unpack ─▶ StagedImage ─▶ Pager
 //! ```
 //! An image exists only when its manifest does, and a process gets its bytes only through a
 //! [`VerifiedImage`]: there is no way from a [`SealedImage`] to its CRIU folder.
@@ -16,6 +16,7 @@
 #![warn(missing_docs)]
 
 pub mod archive;
+pub mod chunks;
 pub mod criu_image;
 pub mod deleted;
 pub mod fit;
@@ -27,6 +28,9 @@ pub mod pages;
 mod parallel;
 pub mod plain;
 
-pub use image::{ImageError, ImageStore, Partial, Request, SealedImage, VerifiedImage};
+pub use chunks::Key;
+pub use image::{
+    ImageError, ImageStore, Order, Partial, Request, SealedImage, StagedImage, VerifiedImage,
+};
 pub use manifest::{Facts, Manifest};
 pub use page_server::PageServerLink;

@@ -11,23 +11,26 @@ use std::{
 };
 
 use rekindle_core::name::{ImageName, Namespace};
-use rekindle_store::crc::Crc64;
 use serde::{Deserialize, Serialize};
 
+use crate::chunks::{Compression, Digest, PackId, Stored};
+
 /// The format that this build writes and reads.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Its file name in an image's folder.
 pub const MANIFEST_FILE: &str = "manifest.json";
-/// Beside it: the manifest's own CRC-64, 16 hex digits and a newline.
-pub const MANIFEST_CRC_FILE: &str = "manifest.crc64";
+/// Beside it: the manifest's own BLAKE3, 64 hex digits and a newline; keyed where the image is encrypted.
+pub const MANIFEST_DIGEST_FILE: &str = "manifest.blake3";
+/// Where the chunks are: see [`Index`](crate::chunks::Index).
+pub const INDEX_FILE: &str = "chunks.index";
 /// The folder of CRIU's images inside an image's folder.
 pub const CRIU_DIR: &str = "criu";
-/// The container's writable layer.
+/// The stream of the container's writable layer.
 pub const UPPER_FILE: &str = "upper.tar";
-/// The container's `/dev/shm`.
+/// The stream of the container's `/dev/shm`.
 pub const SHM_FILE: &str = "shm.tar";
 
-/// Most bytes of a manifest. A file costs about 90 bytes in it and a process about 60.
+/// Most bytes of a manifest. A file costs about 150 bytes in it and a process about 60.
 pub const MAX_BYTES: u64 = 16 << 20;
 /// Most files of an image: CRIU writes about ten per process.
 pub const MAX_FILES: usize = 65_536;
@@ -172,16 +175,36 @@ pub struct Facts {
     pub processes: Vec<Process>,
 }
 
-/// One file of an image.
+/// One file of an image that is what it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileEntry {
-    /// `upper.tar`, `criu/pages-1.img`: one name, or one name inside [`CRIU_DIR`].
+    /// [`INDEX_FILE`], or one name inside [`CRIU_DIR`].
     pub path: String,
     /// Bytes.
     pub size: u64,
-    /// CRC-64/NVME of all of them.
-    pub crc64: Crc64,
+    /// BLAKE3 of all of them.
+    pub blake3: Digest,
+}
+
+/// One file of an image that holds chunks. Its bytes are proved by their digests in the index.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PackEntry {
+    /// Which.
+    pub id: PackId,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// What has to be known to decrypt an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Encryption {
+    /// The key's name in the configuration of the node that made the image.
+    pub key: String,
+    /// 16 hex digits that only the right key gives.
+    pub check: String,
 }
 
 /// What an image is.
@@ -200,7 +223,15 @@ pub struct Manifest {
     pub created: u64,
     /// All but its files.
     pub facts: Facts,
-    /// Every file of it but the manifest and its checksum, sorted by path.
+    /// Whether and how its chunks are compressed; each one says so of itself, this is for people.
+    pub compression: Compression,
+    /// None where the image is not encrypted.
+    pub encryption: Option<Encryption>,
+    /// What became of the bytes of its streams.
+    pub stored: Stored,
+    /// Its packs, in the order in which the index counts them.
+    pub packs: Vec<PackEntry>,
+    /// Every file of it but the packs, the manifest and its digest, sorted by path.
     pub files: Vec<FileEntry>,
 }
 
@@ -232,12 +263,14 @@ pub enum ManifestError {
         reason: String,
     },
     /// Another format.
-    #[error("the manifest {} has format {found}, and this build reads format {FORMAT}: use the version of rekindle that made it, or make the image again", path.display())]
+    #[error("the manifest {} has format {found}, and this build reads format {reads}: use the version of rekindle that made it, or make the image again", path.display())]
     Format {
         /// Which.
         path: PathBuf,
         /// The format it names.
         found: u64,
+        /// The format that this build reads.
+        reads: u32,
     },
     /// Too many of something.
     #[error("the manifest {} lists {count} {what}, and at most {max} are accepted", path.display())]
@@ -252,7 +285,7 @@ pub enum ManifestError {
         max: usize,
     },
     /// A file that may not be in an image.
-    #[error("the manifest {} names the file {file:?}: a file of an image is one plain name, or one inside {CRIU_DIR}/, each listed once and in order", path.display())]
+    #[error("the manifest {} names the file {file:?}: a file of an image is {INDEX_FILE} or one plain name inside {CRIU_DIR}/, each listed once and in order", path.display())]
     FileName {
         /// Which manifest.
         path: PathBuf,
@@ -272,14 +305,17 @@ impl Manifest {
             return Err(ManifestError::Format {
                 path: path.to_owned(),
                 found: format,
+                reads: FORMAT,
             });
         }
         let manifest: Self = parse_json(path, bytes)?;
         manifest.facts.check(path)?;
         within(path, "files", manifest.files.len(), MAX_FILES)?;
+        within(path, "packs", manifest.packs.len(), MAX_FILES)?;
         let mut last = "";
         for file in &manifest.files {
-            if !is_image_path(&file.path) || file.path.as_str() <= last {
+            let ours = file.path == INDEX_FILE || file.path.contains('/');
+            if !ours || !is_image_path(&file.path) || file.path.as_str() <= last {
                 return Err(ManifestError::FileName {
                     path: path.to_owned(),
                     file: shorten(&file.path),
@@ -290,11 +326,17 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Bytes of all its files.
+    /// Bytes of all its files. Packs that it shares with other generations count in each.
     pub fn total_bytes(&self) -> u64 {
-        self.files
-            .iter()
-            .fold(0, |sum, file| sum.saturating_add(file.size))
+        let packs = self.packs.iter().map(|pack| pack.size);
+        let files = self.files.iter().map(|file| file.size);
+        packs.chain(files).fold(0, u64::saturating_add)
+    }
+
+    /// Bytes that it added to the store: what its packs from earlier generations have is not among them.
+    pub fn written_bytes(&self) -> u64 {
+        let files = self.files.iter().map(|file| file.size);
+        files.fold(self.stored.written, u64::saturating_add)
     }
 
     /// The entry of one of its files.
@@ -369,6 +411,12 @@ pub(crate) fn read_bounded(path: &Path, file: &mut File) -> Result<Vec<u8>, Mani
     Ok(bytes)
 }
 
+/// How an image names a file of its CRIU folder.
+pub(crate) fn criu_path(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    format!("{CRIU_DIR}/{name}")
+}
+
 /// Whether this may be the path of an image's file: `name` or `criu/name`, nothing hidden, nothing odd.
 pub(crate) fn is_image_path(path: &str) -> bool {
     let name = path
@@ -381,7 +429,7 @@ pub(crate) fn is_image_path(path: &str) -> bool {
         && name
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
-        && ![MANIFEST_FILE, MANIFEST_CRC_FILE, CRIU_DIR].contains(&path)
+        && ![MANIFEST_FILE, MANIFEST_DIGEST_FILE, CRIU_DIR].contains(&path)
 }
 
 /// Enough of a hostile text for a message.

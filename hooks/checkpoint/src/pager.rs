@@ -38,7 +38,7 @@ use std::{
 
 use rustix::net::Shutdown;
 
-use crate::VerifiedImage;
+use crate::StagedImage;
 
 mod protocol;
 mod relay;
@@ -181,7 +181,7 @@ pub struct Pager {
     relay: Option<JoinHandle<Result<(), PagerError>>>,
     log: PathBuf,
     // Keeps the image from being removed while its pages are needed.
-    _image: Arc<VerifiedImage>,
+    _image: Arc<StagedImage>,
 }
 
 /// The process to start for a [`Pager`].
@@ -222,7 +222,7 @@ impl Pager {
     /// When the socket or the log cannot be made.
     pub fn start(
         program: &Path,
-        image: Arc<VerifiedImage>,
+        image: Arc<StagedImage>,
         work_dir: &Path,
     ) -> Result<(Self, Launch), PagerError> {
         let listener = Arc::new(bind(work_dir)?);
@@ -232,7 +232,14 @@ impl Pager {
         let launch = Launch {
             argv: Argv {
                 program: program.to_owned(),
-                args: vec!["pager".into(), "--images".into(), image.criu_dir().into()],
+                args: vec![
+                    "pager".into(),
+                    "--criu".into(),
+                    image.criu_dir().into(),
+                    "--store".into(),
+                    image.store().into(),
+                    image.reference().into(),
+                ],
             },
             stdin: theirs.into(),
             stderr,

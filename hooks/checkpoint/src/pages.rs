@@ -1,22 +1,23 @@
-//! Copies the memory that a lazy dump left in its stopped tasks, so that the folder becomes a complete
-//! image that stock CRIU restores, lazily or not.
+//! Takes the memory that a lazy dump left in its stopped tasks, so that the folder becomes a complete image.
 //!
 //! ```text
 //!  pagemap-7.img   present  lazy  lazy  present      the dump's      pages-3.img  aa dd
 //!                  aa       ·     ·     dd
-//!  pagemap-7.img   present  both  both  present      ours            pages-3.img  aa bb cc dd
+//!  pagemap-7.img   present  both  both  present      ours            pages-3.img  aa bb cc dd, as a stream
 //! ```
-//! The pages file holds the present runs in the pagemap's order, so it is written anew: a plan of pieces,
-//! each a part of the old file or of a task's memory, is worked off by two threads, every byte is
-//! checksummed as it passes, and the plan's order gives the whole file's checksum.
+//! The pages file holds the present runs in the pagemap's order. It becomes a [stream](crate::chunks) of the
+//! image: a plan of pieces, each of the dump's own pages and of the task's memory, is worked off by two threads.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
 };
 
-use crate::{criu_image::CriuImageError, manifest::FileEntry};
+use crate::{
+    chunks::{ChunkError, ChunkWriter},
+    criu_image::{CriuImageError, Pagemap},
+};
 
 mod copy;
 mod plan;
@@ -68,10 +69,13 @@ pub enum PagesError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// A file of the image could not be read or written.
+    /// A chunk could not be stored.
+    #[error(transparent)]
+    Chunk(#[from] ChunkError),
+    /// A file of the dump could not be read or removed.
     #[error("cannot {doing} {}", path.display())]
     File {
-        /// "write", "read".
+        /// "read", "remove".
         doing: &'static str,
         /// Which.
         path: PathBuf,
@@ -91,76 +95,80 @@ impl PagesError {
 
     /// Whether the store's disk is full.
     pub fn is_full(&self) -> bool {
-        matches!(self, Self::File { source, .. } if rekindle_store::is_full(source))
+        match self {
+            Self::File { source, .. } => rekindle_store::is_full(source),
+            Self::Chunk(error) => error.is_full(),
+            _ => false,
+        }
     }
 }
 
-/// What was copied.
-#[derive(Debug)]
-pub struct Copied {
-    /// The pages files and pagemaps that were written, for [`Partial::seal`](crate::Partial::seal).
-    pub files: Vec<FileEntry>,
-    /// Bytes that came from the tasks' memory.
-    pub bytes: u64,
-    /// How long it took: the tasks were stopped for all of it.
-    pub took: Duration,
-}
-
-/// Copies all pages that the lazy dump in `criu_dir` left in `tasks`, and completes its images.
+/// Stores all pages of the lazy dump in `criu_dir`, those that it wrote and those that it left in `tasks`, and
+/// says in its pagemaps that they are all there.
 ///
 /// To be called only while the tasks are stopped by the dump.
 ///
 /// # Errors
-/// When one page cannot be read, or a file cannot be written. The folder is then no image: remove it.
-pub fn copy_lazy_pages(criu_dir: &Path, tasks: &Tasks) -> Result<Copied, PagesError> {
-    let begun = Instant::now();
-    let mut copied = Copied {
-        files: Vec::new(),
-        bytes: 0,
-        took: Duration::ZERO,
-    };
-    for (path, pid) in process_pagemaps(criu_dir)? {
-        let Some(plan) = plan::Plan::read(criu_dir, &path)? else {
+/// When one page cannot be read or stored. The folder is then no image: remove it.
+pub fn take_pages(criu_dir: &Path, tasks: &Tasks, writer: &ChunkWriter) -> Result<(), PagesError> {
+    let mut seen = BTreeSet::new();
+    for (path, pid) in pagemaps(criu_dir)? {
+        let plan = plan::Plan::read(criu_dir, &path)?;
+        let task = match pid {
+            Some(pid) if plan.left_behind => {
+                let task = tasks.by_container_pid(pid);
+                Some(task.ok_or_else(|| PagesError::NoSuchTask {
+                    path: path.clone(),
+                    pid,
+                })?)
+            }
+            _ => None,
+        };
+        let what = if plan.left_behind && task.is_none() {
+            "it is shared memory, which a dump never leaves behind"
+        } else if !seen.insert(plan.pages.clone()) {
+            "it names the pages file of another one"
+        } else {
+            copy::pages(&plan, task, writer)?;
+            plan::mark_present(&path, &plan)?;
             continue;
         };
-        let task = tasks.by_container_pid(pid);
-        let task = task.ok_or_else(|| PagesError::NoSuchTask {
-            path: path.clone(),
-            pid,
-        })?;
-        copied.files.push(copy::pages(&plan, task)?);
-        copied.files.push(plan::mark_present(&path, &plan)?);
-        copied.bytes += plan.left_behind;
+        return Err(CriuImageError::Malformed { path, what }.into());
     }
-    copied.took = begun.elapsed();
-    Ok(copied)
+    Ok(())
 }
 
-/// Bytes that [`copy_lazy_pages`] will read from the tasks, for a look at the free space before.
+/// Bytes of pages that the dump left in the tasks, for a look at the free space before.
 ///
 /// # Errors
 /// When the pagemaps cannot be read.
 pub fn lazy_bytes(criu_dir: &Path) -> Result<u64, PagesError> {
+    let page_size = rustix::param::page_size() as u64;
     let mut bytes = 0;
-    for (path, _) in process_pagemaps(criu_dir)? {
-        bytes += plan::Plan::read(criu_dir, &path)?.map_or(0, |plan| plan.left_behind);
+    for (path, _) in pagemaps(criu_dir)? {
+        let mut map = Pagemap::open(&path)?;
+        while let Some(run) = map.next_run()? {
+            if run.left_behind() {
+                bytes += run.bytes(page_size);
+            }
+        }
     }
     Ok(bytes)
 }
 
-/// `pagemap-<pid>.img` with the number, in its order; those of shared memory have another name and are
-/// never lazy.
-fn process_pagemaps(criu_dir: &Path) -> Result<Vec<(PathBuf, i32)>, PagesError> {
+/// All pagemaps, by name: `pagemap-<pid>.img` with the number, and those of shared memory without.
+pub(crate) fn pagemaps(criu_dir: &Path) -> Result<Vec<(PathBuf, Option<i32>)>, PagesError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(criu_dir).map_err(PagesError::file("list", criu_dir))? {
         let path = entry.map_err(PagesError::file("list", criu_dir))?.path();
-        let pid = path.file_name().and_then(|name| {
-            let name = name.to_str()?.strip_prefix("pagemap-")?;
-            name.strip_suffix(".img")?.parse::<i32>().ok()
-        });
-        found.extend(pid.map(|pid| (path, pid)));
+        let name = path.file_name().and_then(|name| name.to_str());
+        let of = name.and_then(|name| name.strip_prefix("pagemap-")?.strip_suffix(".img"));
+        if let Some(of) = of {
+            let pid = of.parse().ok();
+            found.push((path, pid));
+        }
     }
-    found.sort_by_key(|(_, pid)| *pid);
+    found.sort();
     Ok(found)
 }
 

@@ -12,7 +12,7 @@ use std::{
 /// is more than fresh pages and disks take; more would take cores from the node's other containers.
 const THREADS: usize = 2;
 /// Bytes of a thread's buffer; see `rekindle_store::crc`.
-const BUFFER: usize = 1 << 20;
+pub(crate) const BUFFER: usize = 1 << 20;
 
 /// Works on the parts `0..count`, each thread with a buffer of its own, and gives the results in their
 /// order. The calling thread is one of them.

@@ -14,8 +14,10 @@ use rekindle_store::{StoreError, write_file};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
-use crate::manifest::{FORMAT, Facts, ManifestError, declared_format, parse_json, read_bounded};
+use crate::manifest::{Facts, ManifestError, declared_format, parse_json, read_bounded};
 
+/// The format of this file, which is not that of images.
+const FORMAT: u32 = 1;
 /// Its name.
 pub const PLAIN_FILE: &str = "rekindle.json";
 
@@ -59,7 +61,11 @@ pub fn read(dir: &Path) -> Result<Option<Facts>, ManifestError> {
     let bytes = read_bounded(&path, &mut opened)?;
     let found = declared_format(&path, &bytes)?;
     if found != u64::from(FORMAT) {
-        return Err(ManifestError::Format { path, found });
+        return Err(ManifestError::Format {
+            path,
+            found,
+            reads: FORMAT,
+        });
     }
     let plain: Plain = parse_json(&path, &bytes)?;
     plain.facts.check(&path)?;

@@ -28,6 +28,6 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::run(args, &config()?).await,
         Command::Completion(args) => Ok(completion::run(args)),
         Command::ContainerImage(args) => container_image::run(args).await,
-        Command::Pager(args) => pager::run(&args),
+        Command::Pager(args) => pager::run(&args, config),
     }
 }

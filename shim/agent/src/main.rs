@@ -9,6 +9,7 @@ mod commands;
 mod config;
 mod containerd;
 mod exit;
+mod keys;
 mod output;
 
 use std::process::ExitCode;

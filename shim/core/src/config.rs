@@ -104,6 +104,60 @@ pub struct Export {
     pub to: Vec<String>,
 }
 
+/// How the chunks of new images are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Not at all.
+    #[default]
+    None,
+    /// LZ4, each chunk by itself, and only those that become smaller by an eighth.
+    Lz4,
+}
+
+/// A key for the images of some namespaces.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageKey {
+    /// Its name, which images remember.
+    pub id: String,
+    /// The namespaces whose images it is for; `"*"` means all.
+    pub namespaces: Vec<String>,
+    /// A file with 32 bytes or their 64 hex digits, which only root may read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// A program with its arguments that prints 64 hex digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<Vec<String>>,
+}
+
+impl ImageKey {
+    fn is_for(&self, namespace: &Namespace) -> bool {
+        let mut all = self.namespaces.iter();
+        all.any(|name| name == "*" || name == namespace.as_str())
+    }
+
+    /// What is wrong with it: key, value and what is allowed.
+    fn fault(&self) -> Option<(&'static str, String, &'static str)> {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        if self.id.is_empty() || self.id.len() > 64 || !self.id.bytes().all(plain) {
+            let reason = "a key's id has 1 to 64 letters, digits, '.', '_' or '-'";
+            return Some(("images.key.id", format!("{:?}", self.id), reason));
+        }
+        let programs = self.command.as_deref();
+        let of = |path: Option<&std::path::Path>| path.is_some_and(std::path::Path::is_absolute);
+        let file = of(self.file.as_deref());
+        let program = of(programs
+            .and_then(|words| words.first())
+            .map(std::path::Path::new));
+        if (self.file.is_some(), programs.is_some()) == (file, program) && file != program {
+            return None;
+        }
+        let reason = "a key has either a file or a command, by its absolute path";
+        Some(("images.key", format!("{:?}", self.id), reason))
+    }
+}
+
 /// Datasets on this node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Datasets {
@@ -124,6 +178,10 @@ pub struct Images {
     pub root: PathBuf,
     /// What leaves its namespace.
     pub exports: Vec<Export>,
+    /// How new images are compressed.
+    pub compression: Compression,
+    /// Keys, of which the first that is for a namespace encrypts its new images.
+    pub keys: Vec<ImageKey>,
 }
 
 /// How containers are restored.
@@ -220,6 +278,8 @@ struct RawDatasets {
 struct RawImages {
     root: Option<PathBuf>,
     export: Vec<Export>,
+    compression: Compression,
+    key: Vec<ImageKey>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -296,6 +356,18 @@ impl NodeConfig {
                 ));
             }
         }
+        for (place, key) in raw.images.key.iter().enumerate() {
+            if let Some((name, value, reason)) = key.fault() {
+                return Err(refuse(name, value, reason));
+            }
+            if raw.images.key[..place]
+                .iter()
+                .any(|other| other.id == key.id)
+            {
+                let reason = "each key has an id of its own";
+                return Err(refuse("images.key.id", format!("{:?}", key.id), reason));
+            }
+        }
         if let Some(n) = raw.datasets.concurrency.filter(|n| !(1..=1024).contains(n)) {
             return Err(refuse(
                 "datasets.concurrency",
@@ -326,6 +398,17 @@ impl NodeConfig {
             .find(|source| source.serves(uri, namespace))
     }
 
+    /// The key that encrypts new images of `namespace`; none where they are not encrypted.
+    pub fn key_for(&self, namespace: &Namespace) -> Option<&ImageKey> {
+        self.images.keys.iter().find(|key| key.is_for(namespace))
+    }
+
+    /// The key `id`, if it is one of those of `namespace`.
+    pub fn key_named(&self, id: &str, namespace: &Namespace) -> Option<&ImageKey> {
+        let mut all = self.images.keys.iter();
+        all.find(|key| key.id == id && key.is_for(namespace))
+    }
+
     /// Whether pods of `user` may start from the image `name` of `owner`.
     pub fn may_restore(&self, owner: &Namespace, name: &ImageName, user: &Namespace) -> bool {
         owner == user
@@ -353,6 +436,8 @@ impl Raw {
             images: Images {
                 root: self.images.root.unwrap_or_else(|| paths::IMAGES_DIR.into()),
                 exports: self.images.export,
+                compression: self.images.compression,
+                keys: self.images.key,
             },
             restore: Restore {
                 paging: self.restore.paging,

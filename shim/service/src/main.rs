@@ -19,6 +19,7 @@ mod exits;
 mod host;
 mod info;
 mod io;
+mod keys;
 mod lifecycle;
 mod logging;
 mod names;

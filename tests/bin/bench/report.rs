@@ -1,5 +1,7 @@
 //! What is printed: for a reader, or for a program.
 
+#[path = "report/format.rs"]
+mod format;
 #[path = "report/shims.rs"]
 mod shims;
 #[path = "report/starts.rs"]
@@ -34,6 +36,14 @@ pub(crate) fn shims(compared: &Compared, json: bool) -> Result<()> {
     match json {
         true => Ok(writeln!(out, "{}", shims::json(compared))?),
         false => shims::tables(&mut out, compared),
+    }
+}
+
+pub(crate) fn format(measured: &crate::format::Measured, json: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match json {
+        true => Ok(writeln!(out, "{}", format::json(measured))?),
+        false => format::tables(&mut out, measured),
     }
 }
 

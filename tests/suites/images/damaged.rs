@@ -2,8 +2,8 @@
 
 use crate::stage::{Stage, counts_to};
 use anyhow::{Context, Result, ensure};
+use rekindle_checkpoint::chunks::Digest;
 use rekindle_harness::container::Builder;
-use rekindle_store::crc::Crc64;
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -30,8 +30,8 @@ impl Copy {
         change(&mut manifest);
         let bytes = serde_json::to_vec(&manifest)?;
         fs::write(
-            self.0.join("manifest.crc64"),
-            format!("{}\n", Crc64::of(&bytes)),
+            self.0.join("manifest.blake3"),
+            format!("{}\n", Digest::of(&bytes)),
         )?;
         Ok(fs::write(self.0.join("manifest.json"), bytes)?)
     }
@@ -47,7 +47,7 @@ impl Copy {
             for entry in manifest["files"].as_array_mut().into_iter().flatten() {
                 if entry["path"] == file {
                     entry["size"] = bytes.len().into();
-                    entry["crc64"] = Crc64::of(&bytes).to_string().into();
+                    entry["blake3"] = Digest::of(&bytes).to_string().into();
                 }
             }
         })
@@ -72,6 +72,10 @@ fn files(image: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(all)
+}
+
+fn is_pack(file: &Path) -> bool {
+    file.to_string_lossy().starts_with("pack-")
 }
 
 const SHM: &str = "/run/flipped-shm";
@@ -107,9 +111,8 @@ pub(crate) async fn one_flipped_byte_in_any_file(stage: &Stage) -> Result<()> {
     let all = files(&folder)?;
     for needed in [
         "manifest.json",
-        "manifest.crc64",
-        "upper.tar",
-        "shm.tar",
+        "manifest.blake3",
+        "chunks.index",
         "criu/inventory.img",
         "criu/core-1.img",
     ] {
@@ -118,6 +121,10 @@ pub(crate) async fn one_flipped_byte_in_any_file(stage: &Stage) -> Result<()> {
             "the image has no {needed}: {all:?}"
         );
     }
+    ensure!(
+        all.iter().any(|file| is_pack(file)),
+        "the image has no pack: {all:?}"
+    );
     let mut count = 0;
     for relative in &all {
         let file = fs::OpenOptions::new()
@@ -172,11 +179,11 @@ async fn refuses(stage: &Stage, name: &str, words: &[&str]) -> Result<()> {
 
 pub(crate) async fn a_truncated_file(stage: &Stage) -> Result<()> {
     let copy = copy(stage, "truncated").await?;
-    let pages = fs::OpenOptions::new()
-        .write(true)
-        .open(copy.path("criu/pages-1.img"))?;
-    pages.set_len(pages.metadata()?.len() - 1)?;
-    refuses(stage, "truncated", &["pages-1.img", "bytes"]).await
+    let all = files(&copy.0)?;
+    let pack = all.iter().find(|file| is_pack(file)).context("no pack")?;
+    let pack = fs::OpenOptions::new().write(true).open(copy.0.join(pack))?;
+    pack.set_len(pack.metadata()?.len() - 1)?;
+    refuses(stage, "truncated", &["pack-", "bytes"]).await
 }
 
 pub(crate) async fn a_missing_file(stage: &Stage) -> Result<()> {

@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rekindle_harness::container::{Builder, State};
 use rekindle_harness::{Container, Count, poll};
+use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
 /// A pager that was not seen in this time has done its work.
@@ -50,7 +51,7 @@ async fn is_sound(task: &Container<'_>, from: &Count) -> Result<Count> {
     Ok(now)
 }
 
-async fn image(stage: &Stage, id: &str) -> Result<Count> {
+pub(crate) async fn image(stage: &Stage, id: &str) -> Result<Count> {
     let task = heap(stage, id).run().await?;
     counts_to(task.io().out()?, 1).await?;
     stage.checkpoint(id, id, &["--exit"]).await?;
@@ -114,7 +115,7 @@ pub(crate) async fn forked_processes_keep_theirs(stage: &Stage) -> Result<()> {
 /// Waits for a pager that has read this many bytes.
 async fn pager(stage: &Stage, bytes: u64) -> Result<Pid> {
     loop {
-        for (pid, _) in stage.node.processes_with(&["rekindle pager --images"])? {
+        for (pid, _) in stage.node.processes_with(&["rekindle pager --criu"])? {
             if has_read(pid) >= bytes {
                 return Ok(Pid::from_raw(pid.try_into()?));
             }
@@ -258,6 +259,44 @@ pub(crate) async fn a_shim_that_is_killed_while_loading_leaves_nothing(
         .run(["rekindle", "image", "rm", "headless"])
         .await?;
     warm.remove().await
+}
+
+/// The promise: a page is what was sealed, or nobody reads it.
+pub(crate) async fn a_flipped_page_ends_the_container(stage: &Stage) -> Result<()> {
+    image(stage, "flipped-heap").await?;
+    let folder = stage.image("default", "flipped-heap");
+    let mut all = std::fs::read_dir(&folder)?.filter_map(Result::ok);
+    let pack = all
+        .find(|entry| entry.file_name().to_string_lossy().starts_with("pack-"))
+        .context("the image has no pack")?;
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(pack.path())?;
+    let at = file.metadata()?.len() / 2;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at)?;
+    file.write_all_at(&[byte[0] ^ 1], at)?;
+    let warm = heap(stage, "flipped-heap-2")
+        .annotation(RESTORE_FROM, "flipped-heap")
+        .create()
+        .await?;
+    // A fault may ask for it before the restore is over, or a loader comes to it later.
+    match warm.start().await {
+        Ok(_) => {
+            assert_eq!(warm.wait().await?.status, 137);
+            sound(&warm)?;
+        }
+        Err(refusal) => {
+            let said = refusal.message();
+            ensure!(
+                said.contains("pack-") && said.contains("is damaged"),
+                "{said}"
+            );
+        }
+    }
+    warm.remove().await?;
+    stage.node.is_rid_of("flipped-heap-2").await
 }
 
 async fn is_gone(stage: &Stage, pager: Pid) -> Result<()> {

@@ -9,6 +9,7 @@ mod heap;
 mod interrupted;
 mod pods;
 mod refused;
+mod sealed;
 mod stage;
 mod tasks;
 mod unmade;
@@ -64,6 +65,9 @@ images! {
             memory_is_what_it_was
             forked_processes_keep_theirs
         }
+        sealed {
+            it_continues_and_nothing_is_in_clear
+        }
     }
     once {
         tasks {
@@ -109,6 +113,9 @@ images! {
             a_damaged_image_is_told
             no_image_is_made_of_a_container_that_is_missing
         }
+        sealed {
+            without_a_key_it_is_in_clear
+        }
         unmade {
             of_a_shared_pid_namespace
             of_a_user_namespace
@@ -119,6 +126,9 @@ images! {
         }
     }
     alone {
+        sealed {
+            another_key_or_none_is_refused
+        }
         refused {
             under_a_configuration_that_is_wrong
         }
@@ -131,6 +141,7 @@ images! {
         }
         heap {
             a_checkpoint_while_still_loading_drains_first
+            a_flipped_page_ends_the_container
             a_killed_pager_ends_the_container
             a_pager_that_dies_during_the_restore_fails_the_start
             a_container_that_ends_while_loading_leaves_nothing

@@ -26,6 +26,8 @@ pub(crate) struct Stage {
 }
 
 pub(crate) const RESTORE_FROM: &str = "rekindle.dev/restore-from";
+/// Of the images of namespace `sealed`.
+pub(crate) const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 pub(crate) const POLICY: &str = "rekindle.dev/restore-policy";
 
 /// The node of a kind, made by the first test that asks. It is never dropped: its keeper ends it after this program.
@@ -33,16 +35,16 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
     static EAGER: OnceCell<Result<Stage, String>> = OnceCell::const_new();
     static LAZY: OnceCell<Result<Stage, String>> = OnceCell::const_new();
     static ALONE: OnceCell<Result<Stage, String>> = OnceCell::const_new();
-    let (cell, word) = match nodes {
-        Nodes::Eager => (&EAGER, "eager"),
-        Nodes::Lazy => (&LAZY, "lazy"),
-        Nodes::Alone => (&ALONE, "lazy"),
+    let (cell, word, compression) = match nodes {
+        Nodes::Eager => (&EAGER, "eager", "none"),
+        Nodes::Lazy => (&LAZY, "lazy", "lz4"),
+        Nodes::Alone => (&ALONE, "lazy", "none"),
     };
     let make = async || -> Result<Stage> {
         let busybox = images::busybox()?;
         let mut config = NodeConfig::new(Runtime::Rekindle)?;
         config.rekindle_toml = Some(format!(
-            "[restore]\npaging = \"{word}\"\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n"
+            "[restore]\npaging = \"{word}\"\n\n[images]\ncompression = \"{compression}\"\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n\n[[images.key]]\nid = \"sealed-1\"\nnamespaces = [\"sealed\"]\ncommand = [\"/bin/echo\", \"{KEY}\"]\n"
         ));
         let node = Node::start(config).await?;
         node.import(&images::pause()?).await?;

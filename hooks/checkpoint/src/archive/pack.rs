@@ -3,42 +3,57 @@
 use std::{
     collections::HashMap,
     ffi::OsStr,
-    fs::{File, OpenOptions},
-    io::{BufWriter, Write},
-    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    fs::File,
+    io::{self, Write},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
-use rekindle_store::crc::CrcWriter;
 use rustix::fs::{
     AtFlags, Dir, FileType, Mode, OFlags, Stat, major, minor, openat, readlinkat, statat,
 };
 use tar::{Builder, EntryType, Header};
 
 use super::{ArchiveError, MAX_BYTES, MAX_DEPTH, attributes};
-use crate::{deleted::DeletedFile, manifest::FileEntry};
+use crate::{
+    chunks::{CHUNK, StreamWriter},
+    deleted::DeletedFile,
+};
 
-/// Bytes that are gathered before a write.
-const BUFFER: usize = 1 << 20;
 /// Longest link target that fits into a tar header.
 const HEADER_LINK: usize = 100;
 
 /// What was packed.
 #[derive(Debug)]
 pub struct Packed {
-    /// The archive, for [`Partial::seal`](crate::Partial::seal).
-    pub file: FileEntry,
     /// Files, folders, links and whiteouts in it.
     pub entries: u64,
     /// Sockets and device nodes that were left out.
     pub left_out: u64,
 }
 
-/// Packs everything below `dir` into a new archive at `out`. To be called while nobody writes there.
+/// Where an archive goes.
+pub trait Sink: Write {
+    /// A file begins here, which may be in the next archive too, elsewhere.
+    ///
+    /// # Errors
+    /// As for a write.
+    fn mark(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Sink for StreamWriter<'_> {
+    fn mark(&mut self) -> io::Result<()> {
+        Ok(self.cut()?)
+    }
+}
+
+/// Packs everything below `dir` into an archive in `out`. To be called while nobody writes there.
 ///
 /// # Errors
 /// When something cannot be read, or the archive cannot be written; `out` is then not whole.
-pub fn pack(dir: &File, out: &Path) -> Result<Packed, ArchiveError> {
+pub fn pack<W: Sink>(dir: &File, out: W) -> Result<(W, Packed), ArchiveError> {
     pack_with_deleted(dir, out, Path::new("/"), std::iter::empty())
 }
 
@@ -47,21 +62,15 @@ pub fn pack(dir: &File, out: &Path) -> Result<Packed, ArchiveError> {
 ///
 /// # Errors
 /// As [`pack`].
-pub fn pack_with_deleted<'a>(
+pub fn pack_with_deleted<'a, W: Sink>(
     dir: &File,
-    out: &Path,
+    out: W,
     folder: &Path,
     deleted: impl Iterator<Item = &'a DeletedFile>,
-) -> Result<Packed, ArchiveError> {
+) -> Result<(W, Packed), ArchiveError> {
     let deleted: Vec<&DeletedFile> = deleted.collect();
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(out)
-        .map_err(ArchiveError::io("make", out))?;
     let mut packer = Packer {
-        tar: Builder::new(BufWriter::with_capacity(BUFFER, CrcWriter::new(file))),
+        tar: Builder::new(out),
         links: HashMap::new(),
         wanted: HashMap::new(),
         entries: 0,
@@ -77,25 +86,15 @@ pub fn pack_with_deleted<'a>(
     for file in deleted {
         packer.deleted(file, folder)?;
     }
-    let written = packer
+    let out = packer
         .tar
         .into_inner()
-        .and_then(|buffer| Ok(buffer.into_inner()?));
-    let (mut file, crc64, size) = written.map_err(ArchiveError::io("write", out))?.finish();
-    file.flush().map_err(ArchiveError::io("write", out))?;
-    Ok(Packed {
-        file: FileEntry {
-            path: out
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
-            size,
-            crc64,
-        },
+        .map_err(ArchiveError::io("write", folder))?;
+    let packed = Packed {
         entries: packer.entries,
         left_out: packer.left_out,
-    })
+    };
+    Ok((out, packed))
 }
 
 /// What tells that two descriptors show one file. Not the device: an overlay's differs from its upper
@@ -117,7 +116,7 @@ impl Identity {
     }
 }
 
-struct Packer<W: Write> {
+struct Packer<W: Sink> {
     tar: Builder<W>,
     /// Deleted files, with the name that they were packed under if they were.
     wanted: HashMap<Identity, Option<PathBuf>>,
@@ -128,7 +127,7 @@ struct Packer<W: Write> {
     bytes: u64,
 }
 
-impl<W: Write> Packer<W> {
+impl<W: Sink> Packer<W> {
     /// A folder's own entry, and then all in it.
     fn folder(&mut self, dir: &File, path: &Path, depth: usize) -> Result<(), ArchiveError> {
         if depth > MAX_DEPTH {
@@ -252,6 +251,11 @@ impl<W: Write> Packer<W> {
             *packed = Some(path.to_owned());
         }
         let attributes = attributes::read(&file, path)?;
+        // What is smaller has little to share, and would make its chunks smaller still.
+        if stat.st_size >= CHUNK as i64 {
+            let out = self.tar.get_mut();
+            out.mark().map_err(ArchiveError::io("pack", path))?;
+        }
         self.extensions(stat, path, attributes)?;
         self.entries += 1;
         // Finds holes by itself.
@@ -275,7 +279,7 @@ impl<W: Write> Packer<W> {
         self.extensions(stat, path, extensions)?;
         self.entries += 1;
         self.tar
-            .append_data(&mut header, path, std::io::empty())
+            .append_data(&mut header, path, io::empty())
             .map_err(ArchiveError::io("pack", path))
     }
 
@@ -289,7 +293,7 @@ impl<W: Write> Packer<W> {
         self.extensions(stat, path, attributes)?;
         self.entries += 1;
         self.tar
-            .append_data(&mut header(kind, stat), path, std::io::empty())
+            .append_data(&mut header(kind, stat), path, io::empty())
             .map_err(ArchiveError::io("pack", path))
     }
 

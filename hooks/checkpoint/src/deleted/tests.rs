@@ -71,9 +71,9 @@ fn a_deleted_file_travels_under_the_name_that_a_restore_looks_for() {
     let deleted = DeletedFiles::find(&criu, &me()).unwrap();
     let tar = root.path().join("shm.tar");
     let mounts = [shm.to_str().unwrap(), "/proc"];
-    let packed = pack_with_deleted(
+    let (_, packed) = pack_with_deleted(
         &open_dir(&shm).unwrap(),
-        &tar,
+        File::create(&tar).unwrap(),
         &shm,
         deleted.of(&shm, mounts),
     )
@@ -92,10 +92,9 @@ fn a_deleted_file_travels_under_the_name_that_a_restore_looks_for() {
 
     // With no other name left it travels with its content.
     fs::remove_file(shm.join("sem.final")).unwrap();
-    fs::remove_file(&tar).unwrap();
     pack_with_deleted(
         &open_dir(&shm).unwrap(),
-        &tar,
+        File::create(&tar).unwrap(),
         &shm,
         deleted.of(&shm, mounts),
     )

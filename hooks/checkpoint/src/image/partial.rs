@@ -10,15 +10,17 @@ use std::{
 };
 
 use rekindle_core::name::{ImageName, Namespace};
-use rekindle_store::{
-    Lock, crc::Crc64, crc::file_crc, publish_dir, remove_tree, space, write_file,
-};
+use rekindle_store::{Lock, publish_dir, remove_tree, space, write_file};
 use serde::{Deserialize, Serialize};
 
 use super::{Damage, ImageError, ImageStore, SealedImage, reference, store::share};
-use crate::manifest::{
-    CRIU_DIR, FORMAT, Facts, FileEntry, MANIFEST_CRC_FILE, MANIFEST_FILE, Manifest, SHM_FILE,
-    Source, UPPER_FILE, declared_format, is_image_path, parse_json, read_bounded,
+use crate::{
+    chunks::{ChunkWriter, Compression, Digest, Key, PackId},
+    manifest::{
+        CRIU_DIR, Encryption, FORMAT, Facts, FileEntry, INDEX_FILE, MANIFEST_DIGEST_FILE,
+        MANIFEST_FILE, Manifest, Source, criu_path, declared_format, is_image_path, parse_json,
+        read_bounded,
+    },
 };
 
 const REQUEST_FILE: &str = "request.json";
@@ -50,10 +52,7 @@ impl Request {
         name: &ImageName,
         source: Source,
     ) -> Result<Self, ImageError> {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let id = format!("{:x}-{:x}", now.as_nanos(), process::id());
+        let id = new_id();
         let request = Self {
             lease: share(&lock_path(store, &id))?,
             store: store.clone(),
@@ -97,18 +96,24 @@ impl Drop for Request {
     }
 }
 
-/// An image that this process makes. Dropped without [`Partial::seal`], it is removed.
+/// An image that is asked for, and that this process may make. Dropped, it is not made.
 #[derive(Debug)]
-pub struct Partial {
+pub struct Order {
+    folder: Folder,
+    request: RequestFile,
+}
+
+/// The partial folder, removed when this is dropped, unless it was published.
+#[derive(Debug)]
+struct Folder {
     store: ImageStore,
     id: String,
     dir: PathBuf,
-    request: RequestFile,
     lease: Option<Lock>,
-    sealed: bool,
+    published: bool,
 }
 
-impl Partial {
+impl Order {
     pub(super) fn open(store: &ImageStore, id: &str) -> Result<Self, ImageError> {
         let lock = lock_path(store, id);
         let lease = share(&lock)?;
@@ -127,15 +132,15 @@ impl Partial {
             )));
         }
         let request: RequestFile = parse_json(&path, &bytes).map_err(|e| refuse(&e))?;
-        let criu = dir.join(CRIU_DIR);
-        new_dir(&criu)?;
         Ok(Self {
-            store: store.clone(),
-            id: id.to_owned(),
-            dir,
+            folder: Folder {
+                store: store.clone(),
+                id: id.to_owned(),
+                dir,
+                lease,
+                published: false,
+            },
             request,
-            lease,
-            sealed: false,
         })
     }
 
@@ -144,9 +149,68 @@ impl Partial {
         &self.request.namespace
     }
 
-    /// The image's name.
-    pub fn name(&self) -> &ImageName {
-        &self.request.name
+    /// Begins to make it. `key` encrypts it, and then what CRIU writes goes to `private`, a folder that is made
+    /// for it in memory, and no byte of the container's goes to the disk in clear. What the newest generation of
+    /// this image has is not stored again.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn begin(
+        self,
+        key: Option<Key>,
+        compression: Compression,
+        private: &Path,
+    ) -> Result<Partial, ImageError> {
+        let Self { folder, request } = self;
+        let criu = match key {
+            Some(_) => private.to_owned(),
+            None => folder.dir.join(CRIU_DIR),
+        };
+        new_dir(&criu)?;
+        let base = folder
+            .store
+            .base(&request.namespace, &request.name, key.as_ref());
+        let chunks = ChunkWriter::new(&folder.dir, key.as_ref(), compression, base)?;
+        Ok(Partial {
+            private: key.is_some().then(|| Private(criu)),
+            folder,
+            request,
+            key,
+            compression,
+            chunks,
+        })
+    }
+}
+
+/// An image that this process makes. Dropped without [`Partial::seal`], it is removed.
+#[derive(Debug)]
+pub struct Partial {
+    folder: Folder,
+    request: RequestFile,
+    key: Option<Key>,
+    compression: Compression,
+    chunks: ChunkWriter,
+    /// Where CRIU writes what must not lie on the disk in clear.
+    private: Option<Private>,
+}
+
+/// A folder in memory, of no use to anybody when this is dropped.
+#[derive(Debug)]
+struct Private(PathBuf);
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        let _ = remove_tree(&self.0);
+    }
+}
+
+impl Partial {
+    /// Where CRIU writes its images; empty at first.
+    pub fn criu_dir(&self) -> PathBuf {
+        match &self.private {
+            Some(Private(dir)) => dir.clone(),
+            None => self.folder.dir.join(CRIU_DIR),
+        }
     }
 
     /// What who asked knows of the container's origin.
@@ -154,148 +218,198 @@ impl Partial {
         &self.request.source
     }
 
-    /// Where CRIU writes its images; empty at first.
-    pub fn criu_dir(&self) -> PathBuf {
-        self.dir.join(CRIU_DIR)
+    /// Where the bytes of pages and archives go: as streams named after their files.
+    pub fn chunks(&self) -> &ChunkWriter {
+        &self.chunks
     }
 
-    /// Where the upper layer goes.
-    pub fn upper_tar(&self) -> PathBuf {
-        self.dir.join(UPPER_FILE)
-    }
-
-    /// Where `/dev/shm` goes.
-    pub fn shm_tar(&self) -> PathBuf {
-        self.dir.join(SHM_FILE)
-    }
-
-    /// Refuses when `bytes` more do not fit on the store's file system.
+    /// Refuses when `bytes` more do not fit on the store's file system. Not asked where an earlier generation
+    /// has most of them.
     ///
     /// # Errors
     /// [`StoreError::NoSpace`](rekindle_store::StoreError::NoSpace).
     pub fn require_space(&self, bytes: u64) -> Result<(), ImageError> {
-        Ok(space::require(&self.dir, bytes)?)
+        if self.chunks.has_base() {
+            return Ok(());
+        }
+        Ok(space::require(&self.folder.dir, bytes)?)
     }
 
-    /// Makes an image of what lies in the folder: checksums every file that is not in `known` (those were
-    /// checksummed while they were written, and only their size is compared), writes the manifest last,
-    /// syncs, and publishes by rename under the next generation.
+    /// Makes an image of the streams that were stored and the files that CRIU wrote: writes the index, and
+    /// compares what it shares with earlier generations with its digests, so that no damage is inherited;
+    /// writes the manifest last, syncs, and publishes by rename under the next generation.
     ///
     /// # Errors
     /// When the folder holds what an image cannot, or the file system refuses; nothing is published then,
     /// and the folder is removed.
-    pub fn seal(mut self, facts: Facts, known: &[FileEntry]) -> Result<SealedImage, ImageError> {
-        let path = self.dir.join(REQUEST_FILE);
+    pub fn seal(mut self, facts: Facts) -> Result<SealedImage, ImageError> {
+        let dir = self.folder.dir.clone();
+        let path = dir.join(REQUEST_FILE);
         fs::remove_file(&path).map_err(ImageError::io("remove", &path))?;
+        self.refuse_foreign()?;
         let mut files = Vec::new();
-        self.collect(&self.dir, "", known, &mut files)?;
-        for entry in known {
-            if !files.iter().any(|file| file.path == entry.path) {
-                return Err(self.unsealable(&entry.path, Damage::Absent));
-            }
+        for path in self.criu_files()? {
+            files.extend(self.keep(&path)?);
         }
+        let (index, packs, stored) = self.chunks.finish(self.key.as_ref())?;
+        write_file(&dir.join(INDEX_FILE), &index, false)?;
+        files.push(FileEntry {
+            path: INDEX_FILE.to_owned(),
+            size: index.len() as u64,
+            blake3: Digest::of(&index),
+        });
         files.sort_by(|a, b| a.path.cmp(&b.path));
         let created = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let manifest = Manifest {
             format: FORMAT,
-            namespace: self.request.namespace.clone(),
-            name: self.request.name.clone(),
-            request: self.id.clone(),
+            namespace: self.request.namespace,
+            name: self.request.name,
+            request: self.folder.id.clone(),
             created: created.as_secs(),
             facts,
+            compression: self.compression,
+            encryption: self.key.as_ref().map(|key| Encryption {
+                key: key.id().to_owned(),
+                check: key.check(),
+            }),
+            stored,
+            packs,
             files,
         };
-        let path = self.dir.join(MANIFEST_FILE);
+        let path = dir.join(MANIFEST_FILE);
         let text =
             serde_json::to_vec_pretty(&manifest).map_err(|e| ImageError::request(&path, e))?;
         // What we would not read must not be written either.
         Manifest::parse(&path, &text).map_err(|source| ImageError::Manifest {
-            image: self.reference(),
+            image: reference(&manifest.namespace, &manifest.name, None),
             source,
         })?;
-        let crc = format!("{}\n", Crc64::of(&text));
-        write_file(&self.dir.join(MANIFEST_CRC_FILE), crc.as_bytes(), false)?;
+        let digest = format!("{}\n", Digest::of_manifest(&text, self.key.as_ref()));
+        write_file(&dir.join(MANIFEST_DIGEST_FILE), digest.as_bytes(), false)?;
         write_file(&path, &text, false)?;
         let sealed = self
+            .folder
             .store
             .publish(&manifest.namespace, &manifest.name, |dest| {
-                publish_dir(&self.dir, dest)
+                publish_dir(&dir, dest)
             })?;
-        self.sealed = true;
+        self.folder.published = true;
         Ok(sealed)
     }
 
-    fn collect(
-        &self,
-        dir: &Path,
-        prefix: &str,
-        known: &[FileEntry],
-        files: &mut Vec<FileEntry>,
-    ) -> Result<(), ImageError> {
+    /// Nothing but the packs may lie beside what CRIU wrote.
+    fn refuse_foreign(&self) -> Result<(), ImageError> {
+        let dir = &self.folder.dir;
         for entry in fs::read_dir(dir).map_err(ImageError::io("list", dir))? {
             let entry = entry.map_err(ImageError::io("list", dir))?;
-            let path = entry.path();
-            let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
-            let found = fs::symlink_metadata(&path).map_err(ImageError::io("look at", &path))?;
-            if found.is_dir() && name == CRIU_DIR {
-                self.collect(&path, &format!("{CRIU_DIR}/"), known, files)?;
-                continue;
-            }
-            if found.file_type().is_socket() {
-                // CRIU leaves none; a daemon that shared the folder may have.
-                fs::remove_file(&path).map_err(ImageError::io("remove", &path))?;
-                continue;
-            }
-            if !found.is_file() {
-                return Err(self.unsealable(&name, Damage::NotAFile));
-            }
-            if !is_image_path(&name) {
-                return Err(self.unsealable(&name, Damage::Extra));
-            }
-            let entry = match known.iter().find(|entry| entry.path == name) {
-                Some(entry) if entry.size == found.len() => entry.clone(),
-                Some(entry) => {
-                    let (expected, found) = (entry.size, found.len());
-                    return Err(self.unsealable(&name, Damage::Size { expected, found }));
-                }
-                None => {
-                    let (crc64, size) = file_crc(&path)?;
-                    FileEntry {
-                        path: name,
-                        size,
-                        crc64,
-                    }
-                }
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let kind = entry.file_type().map_err(ImageError::io("look at", dir))?;
+            let ours = match name.strip_prefix("pack-") {
+                Some(id) => kind.is_file() && id.parse::<PackId>().is_ok(),
+                None => name == CRIU_DIR && kind.is_dir(),
             };
-            files.push(entry);
+            if !ours {
+                return Err(self.unsealable(name, Damage::Extra));
+            }
         }
         Ok(())
     }
 
-    fn reference(&self) -> String {
-        reference(&self.request.namespace, &self.request.name, None)
-    }
-
-    fn unsealable(&self, file: &str, damage: Damage) -> ImageError {
+    fn unsealable(&self, file: String, damage: Damage) -> ImageError {
         ImageError::Unsealable {
-            image: self.reference(),
-            file: file.to_owned(),
+            image: reference(&self.request.namespace, &self.request.name, None),
+            file,
             damage,
         }
     }
+
+    /// What CRIU wrote. It makes plain files only; its sockets are of a daemon that shared the folder.
+    fn criu_files(&self) -> Result<Vec<PathBuf>, ImageError> {
+        let dir = self.criu_dir();
+        let mut all = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(ImageError::io("list", &dir))? {
+            let path = entry.map_err(ImageError::io("list", &dir))?.path();
+            let found = fs::symlink_metadata(&path).map_err(ImageError::io("look at", &path))?;
+            let name = criu_path(&path);
+            let damage = if found.file_type().is_socket() {
+                fs::remove_file(&path).map_err(ImageError::io("remove", &path))?;
+                continue;
+            } else if !found.is_file() {
+                Damage::NotAFile
+            } else if !is_image_path(&name) {
+                Damage::Extra
+            } else {
+                all.push(path);
+                continue;
+            };
+            return Err(self.unsealable(name, damage));
+        }
+        Ok(all)
+    }
+
+    /// Keeps a file of CRIU's as it is, or stores it as a stream where nothing may lie in clear.
+    fn keep(&self, path: &Path) -> Result<Option<FileEntry>, ImageError> {
+        let read = || ImageError::io("read", path);
+        let mut file = File::open(path).map_err(read())?;
+        if self.private.is_some() {
+            let mut stream = self.chunks.stream(&criu_path(path));
+            io::copy(&mut file, &mut stream).map_err(read())?;
+            stream.finish()?;
+            return Ok(None);
+        }
+        let mut hasher = blake3::Hasher::new();
+        let size = io::copy(&mut file, &mut hasher).map_err(read())?;
+        Ok(Some(FileEntry {
+            path: criu_path(path),
+            size,
+            blake3: Digest(*hasher.finalize().as_bytes()),
+        }))
+    }
 }
 
-impl Drop for Partial {
+impl Drop for Folder {
     fn drop(&mut self) {
-        if !self.sealed {
+        if !self.published {
             // Errors leave it to the next sweep.
             let _ = remove_tree(&self.dir);
         }
         drop(self.lease.take());
         let _ = remove_unless_leased(&self.store, &self.id);
     }
+}
+
+/// A folder below the store's, removed when this is dropped, or swept after a crash.
+#[derive(Debug)]
+pub struct Scratch(Folder);
+
+impl Scratch {
+    pub(super) fn new(store: &ImageStore) -> Result<Self, ImageError> {
+        let id = format!("scratch-{}", new_id());
+        let folder = Folder {
+            lease: share(&lock_path(store, &id))?,
+            dir: store.partial_dir().join(&id),
+            store: store.clone(),
+            id,
+            published: false,
+        };
+        new_dir(&folder.dir)?;
+        Ok(Self(folder))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0.dir
+    }
+}
+
+/// Of two processes, or of one at two times, never the same.
+fn new_id() -> String {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    format!("{:x}-{:x}", now.as_nanos(), process::id())
 }
 
 fn lock_path(store: &ImageStore, id: &str) -> PathBuf {

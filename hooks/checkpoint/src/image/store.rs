@@ -10,11 +10,14 @@ use rekindle_core::name::{ImageName, Namespace};
 use rekindle_store::{Lock, StoreError, remove_tree, write_file};
 
 use super::{
-    ImageError, Partial, Request,
-    partial::{new_dir, partial_id, remove_unless_leased},
+    ImageError, Order, Request,
+    partial::{Scratch, new_dir, partial_id, remove_unless_leased},
     reference,
 };
-use crate::manifest::{MANIFEST_FILE, Manifest, ManifestError, Source, read_bounded};
+use crate::{
+    chunks::{Base, Key},
+    manifest::{MANIFEST_FILE, Manifest, ManifestError, Source, read_bounded},
+};
 
 /// No namespace begins with a dot, so this is never one.
 const PARTIAL: &str = ".partial";
@@ -105,9 +108,9 @@ impl ImageStore {
     ///
     /// # Errors
     /// When it is, and there is no request that can be understood.
-    pub fn partial_at(&self, path: &Path) -> Result<Option<Partial>, ImageError> {
+    pub fn partial_at(&self, path: &Path) -> Result<Option<Order>, ImageError> {
         match partial_id(self, path) {
-            Some(id) => Partial::open(self, &id).map(Some),
+            Some(id) => Order::open(self, &id).map(Some),
             None => Ok(None),
         }
     }
@@ -234,6 +237,37 @@ impl ImageStore {
         Ok(swept)
     }
 
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The newest generation, whose chunks need not be stored again; none where there is none that this key opens.
+    /// One that is damaged is nothing to build on.
+    pub(super) fn base(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        key: Option<&Key>,
+    ) -> Option<Base> {
+        let image = self.resolve(namespace, name, None).ok()?;
+        image.check_manifest(key).ok()?;
+        let index = image.index().ok()?;
+        Some(Base {
+            dir: image.dir,
+            packs: image.manifest.packs,
+            index,
+        })
+    }
+
+    /// A folder for what is needed while this process lives, and whoever makes an image removes after it.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn scratch(&self) -> Result<Scratch, ImageError> {
+        Scratch::new(self)
+    }
+
     pub(super) fn partial_dir(&self) -> PathBuf {
         self.root.join(PARTIAL)
     }
@@ -338,7 +372,7 @@ fn read_manifest(dir: &Path) -> Result<(Manifest, Vec<u8>), ManifestError> {
 }
 
 /// Opens a file for reading unless it is a symlink, a FIFO, a device.
-pub(super) fn open_regular(path: &Path) -> io::Result<File> {
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     use rustix::fs::{Mode, OFlags};
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);

@@ -1,39 +1,86 @@
 use std::{
     fs,
+    io::{Read as _, Write as _},
     os::unix::fs::{FileExt, symlink},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
 };
 
 use super::*;
 use crate::{
+    chunks::{Compression, Key, Room, Stream},
     criu_image::tests::{folder, pagemap},
-    manifest::{CRIU_DIR, Facts, MANIFEST_CRC_FILE, MANIFEST_FILE, Source, UPPER_FILE},
+    manifest::{
+        CRIU_DIR, Facts, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Source, UPPER_FILE,
+    },
+    pages::{Tasks, take_pages},
 };
 
 fn names() -> (Namespace, ImageName) {
     ("team-a".parse().unwrap(), "warm".parse().unwrap())
 }
 
-/// Makes an image as the CLI and the shim do together.
-fn make(store: &ImageStore) -> SealedImage {
-    let (namespace, name) = names();
-    let request = store.begin(&namespace, &name, Source::default()).unwrap();
-    let partial = store.partial_at(&request.dir()).unwrap().unwrap();
-    folder(&partial.criu_dir());
-    // Longer than what one thread takes at a time, so that the parts' checksums are joined.
-    fs::write(partial.upper_tar(), vec![3; 20 << 20]).unwrap();
-    let made = partial.seal(Facts::default(), &[]).unwrap();
-    let generation = made.generation();
-    drop(made);
-    let found = request.finish().unwrap();
-    assert_eq!(found.generation(), generation);
-    found
+/// What the shim does with a request: dumps, stores, seals.
+struct Making {
+    key: Option<Key>,
+    compression: Compression,
+    private: PathBuf,
 }
 
-/// A verified image, for the tests of other modules.
-pub(crate) fn verified(root: &Path) -> Arc<VerifiedImage> {
+impl Making {
+    fn plain() -> Self {
+        Self {
+            key: None,
+            compression: Compression::None,
+            private: PathBuf::new(),
+        }
+    }
+
+    fn begin(&self, store: &ImageStore, request: &Request) -> Partial {
+        let order = store.partial_at(&request.dir()).unwrap().unwrap();
+        order
+            .begin(self.key.clone(), self.compression, &self.private)
+            .unwrap()
+    }
+
+    fn make(&self, store: &ImageStore) -> SealedImage {
+        let (namespace, name) = names();
+        let request = store.begin(&namespace, &name, Source::default()).unwrap();
+        let partial = self.begin(store, &request);
+        folder(&partial.criu_dir());
+        let none = Tasks::from_iter([]);
+        take_pages(&partial.criu_dir(), &none, partial.chunks()).unwrap();
+        let mut upper = partial.chunks().stream(UPPER_FILE);
+        upper.write_all(&upper_layer()).unwrap();
+        upper.finish().unwrap();
+        let made = partial.seal(Facts::default()).unwrap();
+        let generation = made.generation();
+        drop(made);
+        let found = request.finish().unwrap();
+        assert_eq!(found.generation(), generation);
+        found
+    }
+}
+
+/// Several chunks, no two of them alike.
+fn upper_layer() -> Vec<u8> {
+    (0..300_000_u32).flat_map(u32::to_le_bytes).collect()
+}
+
+/// Makes an image as the CLI and the shim do together.
+fn make(store: &ImageStore) -> SealedImage {
+    Making::plain().make(store)
+}
+
+fn verify(store: &ImageStore, image: SealedImage) -> Result<VerifiedImage, ImageError> {
+    let verified = image.verify(&store.root().join("laid-out"), None)?;
+    verified.verify_chunks(&AtomicU64::new(0))?;
+    Ok(verified)
+}
+
+/// A staged image, for the tests of other modules.
+pub(crate) fn staged(root: &Path) -> Arc<StagedImage> {
     let store = ImageStore::open(root).unwrap();
-    Arc::new(make(&store).verify().unwrap())
+    Arc::new(verify(&store, make(&store)).unwrap().staged())
 }
 
 fn leftovers(store: &ImageStore) -> usize {
@@ -51,14 +98,17 @@ fn an_image_is_made_found_and_verified() {
     ));
     assert_eq!(make(&store).reference(), "team-a/warm@1");
     assert_eq!(make(&store).reference(), "team-a/warm@2");
-    let newest = store
-        .resolve(&namespace, &name, None)
-        .unwrap()
-        .verify()
-        .unwrap();
+    let newest = store.resolve(&namespace, &name, None).unwrap();
+    let newest = verify(&store, newest).unwrap();
     assert_eq!(newest.reference(), "team-a/warm@2");
-    assert!(newest.upper().unwrap().is_some() && newest.shm().unwrap().is_none());
-    assert!(newest.criu_dir().join("inventory.img").is_file());
+    assert!(newest.shm().is_none());
+    let mut upper = Vec::new();
+    newest.upper().unwrap().read_to_end(&mut upper).unwrap();
+    assert!(upper == upper_layer());
+    let criu = newest.criu_dir().to_owned();
+    assert!(criu.join("inventory.img").is_file());
+    drop(newest);
+    assert!(!criu.exists());
     assert_eq!(leftovers(&store), 0);
     let other = "team-b".parse().unwrap();
     assert!(matches!(
@@ -79,33 +129,43 @@ fn a_flipped_byte_anywhere_is_found() {
     let dir = root.path().join("team-a/warm/1");
     let mut files = vec![
         MANIFEST_FILE.into(),
-        MANIFEST_CRC_FILE.into(),
-        UPPER_FILE.into(),
+        MANIFEST_DIGEST_FILE.into(),
+        INDEX_FILE.into(),
+        pack(&dir).file_name().unwrap().into(),
     ];
     for entry in fs::read_dir(dir.join(CRIU_DIR)).unwrap() {
         files.push(Path::new(CRIU_DIR).join(entry.unwrap().file_name()));
     }
-    assert_eq!(files.len(), 7);
+    assert!(files.len() > 6, "{files:?}");
     for file in files {
         let path: PathBuf = dir.join(&file);
         let length = fs::metadata(&path).unwrap().len();
         for at in [0, length / 2, length - 1] {
             for bit in [0x01, 0x20] {
                 flip(&path, at, bit);
-                let refused = store
-                    .resolve(&namespace, &name, None)
-                    .and_then(SealedImage::verify);
-                let sentence = refused.unwrap_err().to_string();
+                let refused = store.resolve(&namespace, &name, None);
+                let refused = refused.and_then(|image| verify(&store, image));
+                let sentence = with_causes(&refused.unwrap_err());
                 assert!(sentence.contains("team-a/warm"), "{file:?}: {sentence}");
                 flip(&path, at, bit);
             }
         }
     }
-    store
-        .resolve(&namespace, &name, None)
+    verify(&store, store.resolve(&namespace, &name, None).unwrap()).unwrap();
+}
+
+/// The one pack of an image.
+fn pack(image: &Path) -> PathBuf {
+    let mut all = fs::read_dir(image)
         .unwrap()
-        .verify()
-        .unwrap();
+        .map(|entry| entry.unwrap().path());
+    let pack = |path: &PathBuf| {
+        path.file_name()
+            .unwrap()
+            .to_string_lossy()
+            .starts_with("pack-")
+    };
+    all.find(pack).unwrap()
 }
 
 fn flip(path: &Path, at: u64, bit: u8) {
@@ -125,8 +185,8 @@ fn what_is_not_the_image_that_was_sealed_is_refused_by_name() {
     type Harm = fn(&Path);
     let table: &[(Harm, &str, &str)] = &[
         (
-            |dir| fs::remove_file(dir.join("upper.tar")).unwrap(),
-            "upper.tar",
+            |dir| fs::remove_file(pack(dir)).unwrap(),
+            "pack-",
             "is missing",
         ),
         (
@@ -148,28 +208,34 @@ fn what_is_not_the_image_that_was_sealed_is_refused_by_name() {
             |dir| {
                 fs::OpenOptions::new()
                     .write(true)
-                    .open(dir.join("upper.tar"))
+                    .open(pack(dir))
                     .unwrap()
                     .set_len(9)
                     .unwrap()
             },
-            "upper.tar",
+            "pack-",
             "has 9 bytes where",
         ),
         (
-            |dir| {
-                fs::remove_file(dir.join("criu/pages-1.img")).unwrap();
-                symlink("/etc/passwd", dir.join("criu/pages-1.img")).unwrap();
-            },
+            |dir| fs::write(dir.join("criu/pages-1.img"), "x").unwrap(),
             "criu/pages-1.img",
+            "not in the manifest",
+        ),
+        (
+            |dir| {
+                let pack = pack(dir);
+                fs::remove_file(&pack).unwrap();
+                symlink("/etc/passwd", pack).unwrap();
+            },
+            "pack-",
             "not a regular file",
         ),
         (
             |dir| {
-                fs::remove_file(dir.join("manifest.crc64")).unwrap();
-                symlink("upper.tar", dir.join("manifest.crc64")).unwrap();
+                fs::remove_file(dir.join("manifest.blake3")).unwrap();
+                symlink("chunks.index", dir.join("manifest.blake3")).unwrap();
             },
-            "manifest.crc64",
+            "manifest.blake3",
             "not a regular file",
         ),
         (
@@ -181,8 +247,8 @@ fn what_is_not_the_image_that_was_sealed_is_refused_by_name() {
             "is missing",
         ),
         (
-            |dir| fs::remove_file(dir.join("manifest.crc64")).unwrap(),
-            "manifest.crc64",
+            |dir| fs::remove_file(dir.join("manifest.blake3")).unwrap(),
+            "manifest.blake3",
             "is missing",
         ),
     ];
@@ -192,11 +258,8 @@ fn what_is_not_the_image_that_was_sealed_is_refused_by_name() {
         drop(make(&store));
         harm(&root.path().join("team-a/warm/1"));
         let (namespace, name) = names();
-        let refused = store
-            .resolve(&namespace, &name, None)
-            .unwrap()
-            .verify()
-            .unwrap_err();
+        let image = store.resolve(&namespace, &name, None).unwrap();
+        let refused = verify(&store, image).unwrap_err();
         let sentence = refused.to_string();
         assert!(
             sentence.contains(file) && sentence.contains(words),
@@ -212,13 +275,52 @@ fn a_well_sealed_image_with_a_lying_pagemap_is_refused() {
     let store = ImageStore::open(root.path()).unwrap();
     let (namespace, name) = names();
     let request = store.begin(&namespace, &name, Source::default()).unwrap();
-    let partial = store.partial_at(&request.dir()).unwrap().unwrap();
+    let partial = Making::plain().begin(&store, &request);
     folder(&partial.criu_dir());
     let map = pagemap(1, &[(0x1000, 1_000_000_000, 4)]);
     fs::write(partial.criu_dir().join("pagemap-1.img"), map).unwrap();
-    let sealed = partial.seal(Facts::default(), &[]).unwrap();
-    let refused = with_causes(&sealed.verify().unwrap_err());
+    let sealed = partial.seal(Facts::default()).unwrap();
+    let refused = with_causes(&verify(&store, sealed).unwrap_err());
     assert!(refused.contains("claims 1000000000 pages"), "{refused}");
+}
+
+/// A few bytes of index can stand for more than any memory holds.
+#[test]
+fn a_well_sealed_image_that_would_fill_the_node_is_refused() {
+    let seal = |name: &str, pages: u64| {
+        let root = tempfile::tempdir().unwrap();
+        let store = ImageStore::open(root.path()).unwrap();
+        let (namespace, image) = names();
+        let request = store.begin(&namespace, &image, Source::default()).unwrap();
+        let partial = Making::plain().begin(&store, &request);
+        folder(&partial.criu_dir());
+        fs::remove_file(partial.criu_dir().join("pages-1.img")).unwrap();
+        let map = pagemap(1, &[(0x10000, pages, 4)]);
+        fs::write(partial.criu_dir().join("pagemap-1.img"), map).unwrap();
+        let part = partial
+            .chunks()
+            .put(&[7; 65536], &mut Room::default())
+            .unwrap();
+        partial.chunks().add(Stream {
+            name: name.to_owned(),
+            parts: vec![part; (pages / 16) as usize],
+        });
+        let sealed = partial.seal(Facts::default()).unwrap();
+        let refused = sealed.verify(&root.path().join("into"), None).unwrap_err();
+        assert!(!root.path().join("into").exists());
+        with_causes(&refused)
+    };
+    // 1 TiB.
+    let refused = seal("criu/pages-1.img", 1 << 28);
+    assert!(
+        refused.contains("1099511627776 bytes are needed"),
+        "{refused}"
+    );
+    let refused = seal("criu/filler.img", 16);
+    assert!(
+        refused.contains("criu/filler.img is not in the manifest"),
+        "{refused}"
+    );
 }
 
 fn with_causes(error: &dyn std::error::Error) -> String {
@@ -240,7 +342,7 @@ fn a_manifest_that_is_not_ours_is_refused_and_listed_as_such() {
     let path = root.path().join("team-a/warm/1/manifest.json");
     let sealed = fs::read_to_string(&path).unwrap();
     for (text, words) in [
-        (sealed.replace("\"format\": 1", "\"format\": 2"), "format 2"),
+        (sealed.replace("\"format\": 2", "\"format\": 3"), "format 3"),
         (
             sealed.replace("criu/pstree.img", "../pstree.img"),
             "plain name",
@@ -270,7 +372,7 @@ fn an_image_in_use_is_not_removed_unless_forced_and_its_number_never_comes_back(
     let root = tempfile::tempdir().unwrap();
     let store = ImageStore::open(root.path()).unwrap();
     let (namespace, name) = names();
-    let lease = make(&store).verify().unwrap();
+    let lease = verify(&store, make(&store)).unwrap();
     assert!(store.list(None).unwrap()[0].in_use);
     let refused = store.remove(&namespace, &name, None, false).unwrap_err();
     assert!(matches!(refused, ImageError::InUse(ref image) if image == "team-a/warm@1"));
@@ -296,8 +398,8 @@ fn a_partial_folder_goes_with_its_last_owner() {
     let store = ImageStore::open(root.path()).unwrap();
     let (namespace, name) = names();
     let request = store.begin(&namespace, &name, Source::default()).unwrap();
-    let partial = store.partial_at(&request.dir()).unwrap().unwrap();
-    fs::write(partial.upper_tar(), "half").unwrap();
+    let partial = Making::plain().begin(&store, &request);
+    fs::write(partial.criu_dir().join("core-1.img"), "half").unwrap();
     // Somebody else cleans up meanwhile.
     assert_eq!(store.sweep().unwrap(), 0);
     drop(partial);
@@ -339,13 +441,96 @@ fn only_our_own_partial_folders_are_ours() {
 }
 
 #[test]
+fn an_encrypted_image_lets_nothing_out_and_opens_with_its_key_only() {
+    let key =
+        |text: &str| Key::parse("team-a-1", blake3::hash(text.as_bytes()).as_bytes()).unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let making = Making {
+        key: Some(key("right")),
+        compression: Compression::Lz4,
+        private: root.path().join("private"),
+    };
+    for generation in 1..=2 {
+        let image = making.make(&store);
+        assert_eq!(image.key(), Some("team-a-1"));
+        assert_eq!(image.generation(), generation);
+        assert!(!making.private.exists());
+        let dir = root.path().join(format!("team-a/warm/{generation}"));
+        // CRIU's files are in the pack too.
+        assert!(!dir.join(CRIU_DIR).exists());
+        let into = root.path().join("laid-out");
+        let mut opened = image.verify(&into, Some(&key("right"))).unwrap();
+        assert!(opened.criu_dir().join("inventory.img").is_file());
+        opened.load_eagerly(&store).unwrap();
+        assert_eq!(opened.criu_dir(), into);
+        opened.verify_chunks(&AtomicU64::new(0)).unwrap();
+    }
+    let (namespace, name) = names();
+    let resolve = || store.resolve(&namespace, &name, None).unwrap();
+    assert_eq!(resolve().manifest().stored.written, 0);
+    for (with, words) in [
+        (Some(key("wrong")), "is another one"),
+        (None, "which this node does not have"),
+    ] {
+        let refused = resolve()
+            .verify(&root.path().join("x"), with.as_ref())
+            .unwrap_err();
+        assert!(refused.to_string().contains(words), "{refused}");
+    }
+    // Nor can one that anybody could have made take its place.
+    drop(make(&store));
+    let refused = resolve()
+        .verify(&root.path().join("x"), Some(&key("right")))
+        .unwrap_err();
+    assert!(matches!(refused, ImageError::Unlocked(_)), "{refused}");
+    assert!(!root.path().join("x").exists());
+}
+
+/// The manifest says what everything else has to be: without the key nobody makes one.
+#[test]
+fn a_manifest_that_was_changed_without_the_key_is_refused() {
+    let key = Key::parse("k", &[7; 32]).unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let making = Making {
+        key: Some(key.clone()),
+        compression: Compression::None,
+        private: root.path().join("private"),
+    };
+    drop(making.make(&store));
+    let dir = root.path().join("team-a/warm/1");
+    let text = fs::read_to_string(dir.join(MANIFEST_FILE)).unwrap();
+    let changed = text.replace("\"uid\": 0", "\"uid\": 1");
+    assert_ne!(text, changed);
+    fs::write(dir.join(MANIFEST_FILE), &changed).unwrap();
+    let digest = format!("{}\n", blake3::hash(changed.as_bytes()).to_hex());
+    fs::write(dir.join(MANIFEST_DIGEST_FILE), digest).unwrap();
+    let (namespace, name) = names();
+    let image = store.resolve(&namespace, &name, None).unwrap();
+    let refused = image
+        .verify(&root.path().join("x"), Some(&key))
+        .unwrap_err();
+    assert!(
+        matches!(
+            refused,
+            ImageError::Damaged {
+                damage: Damage::Checksum,
+                ..
+            }
+        ),
+        "{refused}"
+    );
+}
+
+#[test]
 fn nothing_foreign_is_sealed() {
     let (namespace, name) = names();
     type Spoil = fn(&Partial);
     let table: &[(Spoil, &str)] = &[
         (
-            |partial| symlink("/etc/passwd", partial.upper_tar()).unwrap(),
-            "not a regular file",
+            |partial| symlink("/etc/passwd", partial.criu_dir().join("../upper.tar")).unwrap(),
+            "not in the manifest",
         ),
         (
             |partial| fs::create_dir(partial.criu_dir().join("deep")).unwrap(),
@@ -360,10 +545,10 @@ fn nothing_foreign_is_sealed() {
         let root = tempfile::tempdir().unwrap();
         let store = ImageStore::open(root.path()).unwrap();
         let request = store.begin(&namespace, &name, Source::default()).unwrap();
-        let partial = store.partial_at(&request.dir()).unwrap().unwrap();
+        let partial = Making::plain().begin(&store, &request);
         folder(&partial.criu_dir());
         spoil(&partial);
-        let refused = partial.seal(Facts::default(), &[]).unwrap_err().to_string();
+        let refused = partial.seal(Facts::default()).unwrap_err().to_string();
         assert!(refused.contains(words), "{refused}");
         drop(request);
         assert_eq!(leftovers(&store), 0);

@@ -1,41 +1,87 @@
 //! The way from bytes on a disk to an image that a process may be made of.
+//!
+//! ```text
+//!  SealedImage ─verify─▶ VerifiedImage ─staged─▶ StagedImage
+//!    manifest: its digest, or nobody without the key could have made it
+//!    files:    exactly those, regular, of their sizes
+//!    index:    its digest; nothing in it that we never write
+//!    criu/:    each file compared on its way into a folder of the restore's own
+//!    chunks:   compared one by one, when somebody reads them
+//! ```
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io,
-    os::unix::fs::FileExt,
+    io::{self, Read, Write},
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{Arc, atomic::AtomicU64},
 };
 
-use rekindle_store::{
-    Lock,
-    crc::{Crc64, Running},
-};
-use rustix::fs::{Advice, fadvise};
+use rekindle_store::{Lock, remove_tree, space};
 
-use super::{Damage, ImageError, SealedImage, store::open_regular};
+use super::{
+    Damage, ImageError, ImageStore, Scratch, SealedImage, partial::new_dir, store::open_regular,
+};
 use crate::{
-    criu_image::{Task, check_folder, credentials},
+    chunks::{ChunkError, Chunks, Digest, Index, Key, MAX_INDEX, StreamReader},
+    criu_image::{CriuImageError, Pagemap, Run, Task, check_folder, credentials, pages_file},
     manifest::{
-        CRIU_DIR, FileEntry, MANIFEST_CRC_FILE, MANIFEST_FILE, Manifest, SHM_FILE, UPPER_FILE,
+        CRIU_DIR, Encryption, FileEntry, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Manifest,
+        SHM_FILE, UPPER_FILE, criu_path,
     },
-    parallel::in_parallel,
+    pages::{PagesError, pagemaps},
 };
 
-/// Bytes that one thread takes at a time: large enough to be sequential, small enough to share one file.
-const PART: u64 = 16 << 20;
-/// An image whose every byte is what was sealed, leased as long as this lives.
+/// Bytes copied at a time.
+const BUFFER: usize = 128 << 10;
+
+/// An image that is what was sealed, leased as long as this lives: CRIU's files in a folder of their own, and the
+/// chunks, each of which is compared when it is read.
 #[derive(Debug)]
 pub struct VerifiedImage {
+    image: StagedImage,
+    chunks: Arc<Chunks>,
+}
+
+/// What a restore still needs of an image when its archives are unpacked, leased as long as this lives. The folder of
+/// CRIU's files is removed with it.
+#[derive(Debug)]
+pub struct StagedImage {
     dir: PathBuf,
     manifest: Manifest,
     reference: String,
+    laid_out: LaidOut,
     _lease: Lock,
 }
 
-impl VerifiedImage {
+/// The folder that CRIU restores from.
+#[derive(Debug)]
+enum LaidOut {
+    At(PathBuf),
+    /// On the store's disk, where all pages have to be in it.
+    InStore(Scratch),
+}
+
+impl LaidOut {
+    fn path(&self) -> &Path {
+        match self {
+            Self::At(path) => path,
+            Self::InStore(scratch) => scratch.path(),
+        }
+    }
+}
+
+impl Drop for LaidOut {
+    fn drop(&mut self) {
+        if let Self::At(path) = self {
+            // What is left is removed with the folder that it is in.
+            let _ = remove_tree(path);
+        }
+    }
+}
+
+impl StagedImage {
     /// What it says of itself.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
@@ -46,9 +92,31 @@ impl VerifiedImage {
         &self.reference
     }
 
-    /// CRIU's images: what `runc restore --image-path` and the [pager](crate::pager) take.
-    pub fn criu_dir(&self) -> PathBuf {
-        self.dir.join(CRIU_DIR)
+    /// The folder of the store that it is in.
+    pub fn store(&self) -> &Path {
+        // <root>/<namespace>/<name>/<generation>
+        self.dir.ancestors().nth(3).unwrap_or(&self.dir)
+    }
+
+    /// CRIU's images: what `runc restore --image-path` and the [pager](crate::pager) take. Of the pages, those
+    /// that a lazy restore does not leave to the pager; the rest are holes, unless they were
+    /// [loaded eagerly](VerifiedImage::load_eagerly).
+    pub fn criu_dir(&self) -> &Path {
+        self.laid_out.path()
+    }
+}
+
+impl std::ops::Deref for VerifiedImage {
+    type Target = StagedImage;
+    fn deref(&self) -> &StagedImage {
+        &self.image
+    }
+}
+
+impl VerifiedImage {
+    /// Lets go of the chunks, of whose index there are 60 bytes for each in memory.
+    pub fn staged(self) -> StagedImage {
+        self.image
     }
 
     /// What CRIU would give its tasks, of which it says more than the manifest; for [`fit`](crate::fit::fit).
@@ -56,67 +124,200 @@ impl VerifiedImage {
     /// # Errors
     /// [`ImageError::Criu`].
     pub fn tasks(&self) -> Result<Vec<Task>, ImageError> {
-        credentials(&self.criu_dir()).map_err(|source| ImageError::Criu {
+        credentials(self.criu_dir()).map_err(|source| ImageError::Criu {
             image: self.reference.clone(),
             source,
         })
     }
 
-    /// The container's writable layer, if it had one.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn upper(&self) -> io::Result<Option<File>> {
-        self.part(UPPER_FILE)
+    /// The archive of the container's writable layer, if it had one.
+    pub fn upper(&self) -> Option<StreamReader> {
+        self.chunks.stream(UPPER_FILE)
     }
 
-    /// The container's `/dev/shm`, if it had one.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn shm(&self) -> io::Result<Option<File>> {
-        self.part(SHM_FILE)
+    /// The archive of the container's `/dev/shm`, if it had one.
+    pub fn shm(&self) -> Option<StreamReader> {
+        self.chunks.stream(SHM_FILE)
     }
 
-    fn part(&self, name: &str) -> io::Result<Option<File>> {
-        match self.manifest.file(name) {
-            Some(_) => open_regular(&self.dir.join(name)).map(Some),
-            None => Ok(None),
+    /// Puts all pages where CRIU looks for them, for a restore without a pager: on the disk of `store`, but in
+    /// the folder that there is when the image is encrypted.
+    ///
+    /// # Errors
+    /// What the file system says, or which pack is damaged.
+    pub fn load_eagerly(&mut self, store: &ImageStore) -> Result<(), ImageError> {
+        if self.manifest.encryption.is_none() {
+            let scratch = store.scratch()?;
+            for entry in list(self.criu_dir())? {
+                let to = scratch.path().join(entry.file_name().unwrap_or_default());
+                fs::copy(&entry, &to).map_err(ImageError::io("copy", &entry))?;
+            }
+            self.image.laid_out = LaidOut::InStore(scratch);
         }
+        lay_out_pages(&self.reference, &self.chunks, self.criu_dir(), |_| true)
+    }
+
+    /// Reads all chunks and compares them; adds the bytes that are done to `done`, up to
+    /// [`Manifest::total_bytes`] less the other files.
+    ///
+    /// # Errors
+    /// [`ImageError::Chunks`] names the pack that is damaged.
+    pub fn verify_chunks(&self, done: &AtomicU64) -> Result<(), ImageError> {
+        self.chunks.verify(done).map_err(refused(&self.reference))
+    }
+}
+
+fn refused(image: &str) -> impl Fn(ChunkError) -> ImageError + '_ {
+    |source| ImageError::Chunks {
+        image: image.to_owned(),
+        source,
     }
 }
 
 impl SealedImage {
+    /// The name of the key that it is encrypted with, if it is. Not verified: only good for finding the key.
+    pub fn key(&self) -> Option<&str> {
+        let encryption = self.manifest.encryption.as_ref()?;
+        Some(&encryption.key)
+    }
+
     /// Checks that the image is whole: exactly the files that its manifest lists, all regular, of the sizes
-    /// and checksums that it says, and CRIU's files such that CRIU may read them.
+    /// and digests that it says, and CRIU's files such that CRIU may read them. Those are put into `into`, a
+    /// folder that is made for them; in memory where the image is encrypted. The chunks are compared when they
+    /// are read, and by [`VerifiedImage::verify_chunks`].
     ///
     /// # Errors
     /// [`ImageError::Damaged`] names the first file that is not what it was; [`ImageError::Criu`].
-    pub fn verify(self) -> Result<VerifiedImage, ImageError> {
-        self.verify_counting(&AtomicU64::new(0))
-    }
-
-    /// As [`SealedImage::verify`], adding the bytes that are done to `done`, for a progress bar.
-    ///
-    /// # Errors
-    /// As [`SealedImage::verify`].
-    pub fn verify_counting(self, done: &AtomicU64) -> Result<VerifiedImage, ImageError> {
-        let crc = self.read(MANIFEST_CRC_FILE)?;
-        if crc != format!("{}\n", Crc64::of(&self.manifest_bytes)).as_bytes() {
-            return Err(self.damaged(MANIFEST_FILE, Damage::Checksum));
+    pub fn verify(self, into: &Path, key: Option<&Key>) -> Result<VerifiedImage, ImageError> {
+        let chunks = Arc::new(self.chunks(key)?);
+        new_dir(into)?;
+        let laid_out = LaidOut::At(into.to_owned());
+        for entry in &self.manifest.files {
+            if entry.path != INDEX_FILE {
+                self.lay_out(entry, into)?;
+            }
         }
-        self.check_sizes()?;
-        self.check_bytes(done)?;
-        check_folder(&self.dir.join(CRIU_DIR)).map_err(|source| ImageError::Criu {
-            image: self.reference(),
+        let reference = self.reference();
+        for (name, _) in chunks.streams() {
+            let file = name
+                .strip_prefix(CRIU_DIR)
+                .and_then(|name| name.strip_prefix('/'));
+            let Some(file) = file.filter(|file| !is_pages(file)) else {
+                continue;
+            };
+            // Of whoever has no key, nothing is believed that could be written for ever.
+            if key.is_none() {
+                return Err(self.damaged(name, Damage::Extra));
+            }
+            let mut stream = chunks.stream(name).into_iter();
+            let mut out = create(&into.join(file))?;
+            let copied =
+                stream.try_for_each(|mut stream| io::copy(&mut stream, &mut out).map(drop));
+            copied.map_err(ImageError::io("lay out", &into.join(file)))?;
+        }
+        lay_out_pages(&reference, &chunks, into, |run| !run.lazy())?;
+        check_folder(into).map_err(|source| ImageError::Criu {
+            image: reference.clone(),
             source,
         })?;
         Ok(VerifiedImage {
-            reference: self.reference(),
-            dir: self.dir,
-            manifest: self.manifest,
-            _lease: self.lease,
+            image: StagedImage {
+                reference,
+                dir: self.dir,
+                manifest: self.manifest,
+                laid_out,
+                _lease: self.lease,
+            },
+            chunks,
         })
+    }
+
+    /// Its chunks, which prove themselves, after a look at all that they depend on.
+    ///
+    /// # Errors
+    /// As [`SealedImage::verify`].
+    pub fn chunks(&self, key: Option<&Key>) -> Result<Chunks, ImageError> {
+        self.check_manifest(key)?;
+        self.check_sizes()?;
+        let packs = &self.manifest.packs;
+        Chunks::open(&self.dir, packs, self.index()?, key).map_err(refused(&self.reference()))
+    }
+
+    /// Whether the manifest is what was sealed, with this key.
+    pub(super) fn check_manifest(&self, key: Option<&Key>) -> Result<(), ImageError> {
+        match (&self.manifest.encryption, key) {
+            (None, None) => {}
+            (None, Some(_)) => return Err(ImageError::Unlocked(self.reference())),
+            (Some(encryption), None) => {
+                return Err(self.locked(encryption, "which this node does not have"));
+            }
+            (Some(encryption), Some(key)) if key.check() != encryption.check => {
+                return Err(self.locked(encryption, "and the key of that name here is another one"));
+            }
+            (Some(_), Some(_)) => {}
+        }
+        let digest = self.read(MANIFEST_DIGEST_FILE)?;
+        if digest != format!("{}\n", Digest::of_manifest(&self.manifest_bytes, key)).as_bytes() {
+            return Err(self.damaged(MANIFEST_FILE, Damage::Checksum));
+        }
+        Ok(())
+    }
+
+    fn locked(&self, encryption: &Encryption, found: &'static str) -> ImageError {
+        ImageError::Locked {
+            image: self.reference(),
+            key: encryption.key.clone(),
+            found,
+        }
+    }
+
+    /// The index, compared with its digest. The manifest must have been checked.
+    pub(super) fn index(&self) -> Result<Index, ImageError> {
+        let Some(entry) = self.manifest.file(INDEX_FILE) else {
+            return Err(self.damaged(INDEX_FILE, Damage::Absent));
+        };
+        let path = self.dir.join(INDEX_FILE);
+        let file = open_regular(&path).map_err(ImageError::io("read", &path))?;
+        let mut bytes = Vec::new();
+        file.take(entry.size.min(MAX_INDEX) + 1)
+            .read_to_end(&mut bytes)
+            .map_err(ImageError::io("read", &path))?;
+        if Digest::of(&bytes) != entry.blake3 {
+            return Err(self.damaged(INDEX_FILE, Damage::Checksum));
+        }
+        let sizes: Vec<u64> = self.manifest.packs.iter().map(|pack| pack.size).collect();
+        Index::parse(&bytes, &sizes, self.manifest.encryption.is_some())
+            .map_err(refused(&self.reference()))
+    }
+
+    /// Copies a file of CRIU's, comparing it on its way: what CRIU reads later is what was compared.
+    fn lay_out(&self, entry: &FileEntry, into: &Path) -> Result<(), ImageError> {
+        let from = self.dir.join(&entry.path);
+        let to = into.join(from.file_name().unwrap_or_default());
+        let mut file = open_regular(&from).map_err(ImageError::io("read", &from))?;
+        let mut out = create(&to)?;
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; BUFFER];
+        let mut size = 0;
+        loop {
+            let n = match file.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(ImageError::io("read", &from)(e)),
+            };
+            size += n as u64;
+            if size > entry.size {
+                break;
+            }
+            hasher.update(&buffer[..n]);
+            out.write_all(&buffer[..n])
+                .map_err(ImageError::io("write", &to))?;
+        }
+        if size != entry.size || *hasher.finalize().as_bytes() != entry.blake3.0 {
+            return Err(self.damaged(&entry.path, Damage::Checksum));
+        }
+        Ok(())
     }
 
     fn damaged(&self, file: &str, damage: Damage) -> ImageError {
@@ -127,7 +328,7 @@ impl SealedImage {
         }
     }
 
-    /// The manifest's checksum is 17 bytes: a larger file is not read.
+    /// The manifest's digest is 65 bytes: a larger file is not read.
     fn read(&self, name: &str) -> Result<Vec<u8>, ImageError> {
         let path = self.dir.join(name);
         let file = match open_regular(&path) {
@@ -137,7 +338,7 @@ impl SealedImage {
             }
             Err(_) => return Err(self.damaged(name, Damage::NotAFile)),
         };
-        let mut bytes = [0; 18];
+        let mut bytes = [0; 66];
         let n = file
             .read_at(&mut bytes, 0)
             .map_err(ImageError::io("read", &path))?;
@@ -148,20 +349,27 @@ impl SealedImage {
     fn check_sizes(&self) -> Result<(), ImageError> {
         let mut there = BTreeMap::new();
         self.walk(&self.dir, "", &mut there)?;
-        for name in [MANIFEST_FILE, MANIFEST_CRC_FILE] {
+        for name in [MANIFEST_FILE, MANIFEST_DIGEST_FILE] {
             there.remove(name);
         }
-        for entry in &self.manifest.files {
-            let damage = match there.remove(&entry.path) {
+        let files = self
+            .manifest
+            .files
+            .iter()
+            .map(|file| (file.path.clone(), file.size));
+        let packs = self
+            .manifest
+            .packs
+            .iter()
+            .map(|pack| (pack.id.file(), pack.size));
+        for (name, expected) in files.chain(packs) {
+            let damage = match there.remove(&name) {
                 None => Damage::Absent,
                 Some(None) => Damage::NotAFile,
-                Some(Some(found)) if found != entry.size => Damage::Size {
-                    expected: entry.size,
-                    found,
-                },
+                Some(Some(found)) if found != expected => Damage::Size { expected, found },
                 Some(_) => continue,
             };
-            return Err(self.damaged(&entry.path, damage));
+            return Err(self.damaged(&name, damage));
         }
         match there.first_key_value() {
             Some((name, _)) => Err(self.damaged(name, Damage::Extra)),
@@ -189,74 +397,127 @@ impl SealedImage {
         }
         Ok(())
     }
+}
 
-    fn check_bytes(&self, done: &AtomicU64) -> Result<(), ImageError> {
-        let parts: Vec<(usize, u64)> = self
-            .manifest
-            .files
-            .iter()
-            .enumerate()
-            .flat_map(|(file, entry)| {
-                let count = entry.size.div_ceil(PART).max(1);
-                (0..count).map(move |part| (file, part * PART))
-            })
-            .collect();
-        let sums = in_parallel(parts.len(), |index, buffer| {
-            let (file, offset) = parts[index];
-            self.part_crc(&self.manifest.files[file], offset, buffer, done)
-        })?;
-        let mut whole = vec![Crc64::EMPTY; self.manifest.files.len()];
-        for ((file, _), (crc, bytes)) in parts.iter().zip(&sums) {
-            whole[*file] = whole[*file].then(*crc, *bytes);
-        }
-        match self
-            .manifest
-            .files
-            .iter()
-            .zip(whole)
-            .find(|(entry, crc)| entry.crc64 != *crc)
-        {
-            Some((entry, _)) => Err(self.damaged(&entry.path, Damage::Checksum)),
-            None => Ok(()),
-        }
+/// Makes the pages files of the pagemaps in `into`, with those runs in them that are wanted, and holes elsewhere.
+fn lay_out_pages(
+    image: &str,
+    chunks: &Arc<Chunks>,
+    into: &Path,
+    wanted: impl Fn(&Run) -> bool,
+) -> Result<(), ImageError> {
+    let criu = |source| ImageError::Criu {
+        image: image.to_owned(),
+        source,
+    };
+    let maps = pagemaps(into).map_err(|e| match e {
+        PagesError::File { path, source, .. } => ImageError::io("read", &path)(source),
+        other => ImageError::io("read", into)(io::Error::other(other)),
+    })?;
+    let mut all = Vec::new();
+    for (path, _) in maps {
+        all.extend(Pages::of(&path, chunks, &wanted).map_err(criu)?);
     }
-
-    fn part_crc(
-        &self,
-        entry: &FileEntry,
-        offset: u64,
-        buffer: &mut [u8],
-        done: &AtomicU64,
-    ) -> Result<(Crc64, u64), ImageError> {
-        let path = self.dir.join(&entry.path);
-        let file = open_regular(&path).map_err(ImageError::io("read", &path))?;
-        let length = PART.min(entry.size - offset);
-        // Two parts ahead; advice, so that a refusal costs nothing.
-        let _ = fadvise(
-            &file,
-            offset,
-            std::num::NonZeroU64::new(2 * PART),
-            Advice::WillNeed,
-        );
-        let mut running = Running::default();
-        let mut at = 0;
-        while at < length {
-            let want = buffer
-                .len()
-                .min(usize::try_from(length - at).unwrap_or(usize::MAX));
-            let n = match file.read_at(&mut buffer[..want], offset + at) {
-                Ok(0) => {
-                    let (expected, found) = (entry.size, offset + at);
-                    return Err(self.damaged(&entry.path, Damage::Size { expected, found }));
+    // A small index can claim more than there is anywhere.
+    let bytes = all.iter().flat_map(|pages| &pages.runs).map(|run| run.data);
+    space::require(into, bytes.fold(0, u64::saturating_add))?;
+    let mut buffer = vec![0; BUFFER];
+    for pages in all {
+        let path = into.join(&pages.file);
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(ImageError::io("make", &path))?;
+        file.set_len(pages.bytes)
+            .map_err(ImageError::io("make", &path))?;
+        for Wanted { mut at, end, .. } in pages.runs {
+            while at < end {
+                let part = &mut buffer[..(end - at).min(BUFFER as u64) as usize];
+                let any = chunks
+                    .read_at(&pages.name, at, part)
+                    .map_err(refused(image))?;
+                if any {
+                    file.write_all_at(part, at)
+                        .map_err(ImageError::io("write", &path))?;
                 }
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(ImageError::io("read", &path)(e)),
-            };
-            running.update(&buffer[..n]);
-            at += n as u64;
-            done.fetch_add(n as u64, Ordering::Relaxed);
+                at += part.len() as u64;
+            }
         }
-        Ok((running.crc(), length))
     }
+    Ok(())
+}
+
+/// A pages file that is to be made.
+struct Pages {
+    file: String,
+    /// Of its stream.
+    name: String,
+    bytes: u64,
+    runs: Vec<Wanted>,
+}
+
+/// A part of it that has to be there, and how much of that is more than zeros.
+struct Wanted {
+    at: u64,
+    end: u64,
+    data: u64,
+}
+
+impl Pages {
+    /// Those of one pagemap; none where the image has no such stream. What a pagemap claims and the stream does not
+    /// have is told by who compares the two.
+    fn of(
+        map: &Path,
+        chunks: &Chunks,
+        wanted: impl Fn(&Run) -> bool,
+    ) -> Result<Option<Self>, CriuImageError> {
+        let page_size = rustix::param::page_size() as u64;
+        let mut map = Pagemap::open(map)?;
+        let file = pages_file(map.pages_id);
+        let name = criu_path(Path::new(&file));
+        let Some(bytes) = chunks.bytes_of(&name) else {
+            return Ok(None);
+        };
+        let mut at = 0_u64;
+        let mut runs = Vec::new();
+        while let Some(run) = map.next_run()? {
+            if !run.present() {
+                continue;
+            }
+            let end = at.saturating_add(run.bytes(page_size)).min(bytes);
+            if wanted(&run) && at < end {
+                let data = chunks.data_in(&name, at, end);
+                runs.push(Wanted { at, end, data });
+            }
+            at = end;
+        }
+        Ok(Some(Self {
+            file,
+            name,
+            bytes,
+            runs,
+        }))
+    }
+}
+
+fn is_pages(file: &str) -> bool {
+    file.starts_with("pages-")
+}
+
+fn create(path: &Path) -> Result<File, ImageError> {
+    File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(ImageError::io("make", path))
+}
+
+fn list(dir: &Path) -> Result<Vec<PathBuf>, ImageError> {
+    let entries = fs::read_dir(dir).map_err(ImageError::io("list", dir))?;
+    let paths = entries.map(|entry| Ok(entry.map_err(ImageError::io("list", dir))?.path()));
+    paths.collect()
 }

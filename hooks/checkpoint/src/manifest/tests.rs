@@ -4,7 +4,7 @@ fn sample() -> Manifest {
     let file = |path: &str| FileEntry {
         path: path.to_owned(),
         size: 1,
-        crc64: Crc64(7),
+        blake3: Digest([7; 32]),
     };
     Manifest {
         format: FORMAT,
@@ -13,7 +13,17 @@ fn sample() -> Manifest {
         request: "r".to_owned(),
         created: 1,
         facts: Facts::default(),
-        files: vec![file("criu/core-1.img"), file("upper.tar")],
+        compression: Compression::Lz4,
+        encryption: Some(Encryption {
+            key: "team-a".to_owned(),
+            check: "00".to_owned(),
+        }),
+        stored: Stored::default(),
+        packs: vec![PackEntry {
+            id: "0123456789abcdef0123456789abcdef".parse().unwrap(),
+            size: 5,
+        }],
+        files: vec![file("chunks.index"), file("criu/core-1.img")],
     }
 }
 
@@ -25,7 +35,7 @@ fn parse(text: &str) -> Result<Manifest, String> {
 fn what_is_written_is_read() {
     let text = serde_json::to_string(&sample()).unwrap();
     assert_eq!(parse(&text).unwrap(), sample());
-    assert_eq!(sample().file("upper.tar").unwrap().size, 1);
+    assert_eq!(sample().file("chunks.index").unwrap().size, 1);
     assert!(sample().file("shm.tar").is_none());
 }
 
@@ -33,7 +43,7 @@ fn what_is_written_is_read() {
 fn another_format_is_refused_by_its_number_whatever_it_looks_like() {
     let refused = parse(r#"{"format": 9, "files": "in a database", "new": true}"#).unwrap_err();
     assert!(
-        refused.contains("format 9") && refused.contains("format 1"),
+        refused.contains("format 9") && refused.contains("format 2"),
         "{refused}"
     );
 }
@@ -71,20 +81,21 @@ fn a_file_outside_the_image_is_refused() {
         "a b",
         "a\\n",
         "manifest.json",
-        "manifest.crc64",
+        "manifest.blake3",
+        "upper.tar",
         "criu",
         "\\u0000",
         &"a".repeat(256),
     ] {
         let text = serde_json::to_string(&sample())
             .unwrap()
-            .replace("upper.tar", bad);
+            .replace("chunks.index", bad);
         let refused = parse(&text).unwrap_err();
         assert!(refused.contains("plain name"), "{bad}: {refused}");
     }
     let twice = serde_json::to_string(&sample())
         .unwrap()
-        .replace("criu/core-1.img", "upper.tar");
+        .replace("criu/core-1.img", "chunks.index");
     assert!(parse(&twice).unwrap_err().contains("once"));
 }
 

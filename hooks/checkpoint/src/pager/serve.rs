@@ -17,7 +17,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
     },
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
@@ -29,7 +29,10 @@ use std::{
 use rustix::event::{EventfdFlags, epoll, eventfd};
 
 use super::protocol::{self, Word};
-use crate::criu_image::CriuImageError;
+use crate::{
+    chunks::{ChunkError, Chunks},
+    criu_image::CriuImageError,
+};
 
 mod missing;
 mod space;
@@ -57,14 +60,9 @@ pub enum ServeError {
     /// The images of a process are not what a lazy restore needs.
     #[error(transparent)]
     Image(#[from] CriuImageError),
-    /// The bytes of a page could not be read.
-    #[error("cannot read pages from {}", path.display())]
-    Pages {
-        /// The pages file.
-        path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
-    },
+    /// A page could not be read, or is not what was sealed.
+    #[error(transparent)]
+    Chunk(#[from] ChunkError),
     /// The kernel does not take a page.
     #[error(
         "cannot put the page at {vaddr:#x} into process {pid} of the container{}",
@@ -123,14 +121,19 @@ pub struct Served {
     pub processes: usize,
 }
 
-/// Serves one restore: `relay` says which processes there are, `criu_dir` has their images. Returns when
-/// all memory is in; then, and only then, may the last copies of the descriptors be closed.
+/// Serves one restore: `relay` says which processes there are, `criu_dir` has their images, `chunks` their pages.
+/// Returns when all memory is in; then, and only then, may the last copies of the descriptors be closed.
 ///
 /// # Errors
 /// Anything that keeps a page from coming in: the container must be ended then.
-pub fn serve(relay: UnixStream, criu_dir: &Path) -> Result<Served, ServeError> {
+pub fn serve(
+    relay: UnixStream,
+    criu_dir: &Path,
+    chunks: &Arc<Chunks>,
+) -> Result<Served, ServeError> {
     let session = Session {
         criu_dir,
+        chunks,
         spaces: RwLock::default(),
         epoll: epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|e| ServeError::setup("watch descriptors")(e.into()))?,
@@ -161,6 +164,7 @@ pub fn serve(relay: UnixStream, criu_dir: &Path) -> Result<Served, ServeError> {
 
 struct Session<'a> {
     criu_dir: &'a Path,
+    chunks: &'a Arc<Chunks>,
     /// In the order in which they came; none is ever taken out, so that an index stays what it was.
     spaces: RwLock<Vec<Arc<Space>>>,
     epoll: OwnedFd,
@@ -222,7 +226,7 @@ impl Session<'_> {
                                 pid,
                                 source,
                             })?;
-                            self.add(Space::open(self.criu_dir, pid, fd)?)?;
+                            self.add(Space::open(self.criu_dir, self.chunks, pid, fd)?)?;
                         }
                         Some(Word::Finished) => {
                             finished = true;

@@ -1,4 +1,5 @@
 use std::{
+    ffi::OsStr,
     io::{IoSlice, IoSliceMut, Read, Write},
     mem::MaybeUninit,
     os::{fd::AsFd, unix::net::UnixStream},
@@ -11,7 +12,7 @@ use rustix::net::{
 };
 
 use super::*;
-use crate::image::tests::verified;
+use crate::image::tests::staged;
 
 const FINISHED: u32 = 0x5253_5446;
 
@@ -25,15 +26,24 @@ struct Stage {
 impl Stage {
     fn new() -> Self {
         let root = tempfile::tempdir().unwrap();
-        let image = verified(&root.path().join("store"));
+        let image = staged(&root.path().join("store"));
         // Longer than a socket's address can be, as a container's folder is.
         let work = root.path().join("w".repeat(100));
         std::fs::create_dir(&work).unwrap();
         let (pager, launch) = Pager::start(Path::new("/opt/rekindle"), image, &work).unwrap();
         let Argv { program, args } = launch.argv;
         assert_eq!(program, Path::new("/opt/rekindle"));
-        assert_eq!(args[..2], ["pager", "--images"]);
-        assert!(Path::new(&args[2]).ends_with("team-a/warm/1/criu"));
+        let store = root.path().join("store");
+        let laid_out = store.join("laid-out");
+        let words: [&OsStr; 6] = [
+            "pager".as_ref(),
+            "--criu".as_ref(),
+            laid_out.as_ref(),
+            "--store".as_ref(),
+            store.as_ref(),
+            "team-a/warm@1".as_ref(),
+        ];
+        assert_eq!(args, words);
         Self {
             root,
             pager,

@@ -1,9 +1,9 @@
-//! Two threads between a stopped task's memory and a file.
+//! Two threads between a stopped task's memory and the chunks of an image.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, IoSliceMut},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::Path,
 };
 
@@ -11,115 +11,83 @@ use nix::{
     sys::uio::{RemoteIoVec, process_vm_readv},
     unistd::Pid,
 };
-use rekindle_store::crc::{Crc64, Running};
 
 use super::{
     PagesError,
-    plan::{From, Plan, Stretch, image_path},
+    plan::{From, Plan, Stretch},
     tasks::Task,
 };
-use crate::{manifest::FileEntry, parallel::in_parallel};
+use crate::{
+    chunks::{ChunkWriter, Part, Room, Stream},
+    manifest::criu_path,
+    parallel::in_parallel,
+};
 
 /// Most remote ranges of one `process_vm_readv`: `UIO_MAXIOV`.
 const MAX_RANGES: usize = 1024;
 
-/// Writes the plan's pages file in the place of the dump's.
-pub(super) fn pages(plan: &Plan, task: &Task) -> Result<FileEntry, PagesError> {
+/// Stores the plan's pages, and removes the file that the dump made of some of them.
+pub(super) fn pages(
+    plan: &Plan,
+    task: Option<&Task>,
+    writer: &ChunkWriter,
+) -> Result<(), PagesError> {
+    if plan.pieces.is_empty() {
+        return Ok(());
+    }
     let path = &plan.pages;
-    // The dump's own pages stay readable through this descriptor when their name is gone.
     let dump = File::open(path).map_err(PagesError::file("read", path))?;
-    fs::remove_file(path).map_err(PagesError::file("replace", path))?;
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(PagesError::file("write", path))?;
-    let offsets: Vec<u64> = plan
-        .pieces
-        .iter()
-        .scan(0, |at, piece| {
-            let begin = *at;
-            *at += bytes_of(piece);
-            Some(begin)
-        })
-        .collect();
     let job = Job {
         path,
         dump,
-        file,
         task,
-        memory: File::open(format!("/proc/{}/mem", task.pid)).ok(),
+        memory: task.and_then(|task| File::open(format!("/proc/{}/mem", task.pid)).ok()),
+        writer,
     };
-    let sums = in_parallel(plan.pieces.len(), |index, buffer| {
-        job.copy(&plan.pieces[index], offsets[index], buffer)
+    let parts = in_parallel(plan.pieces.len(), |index, buffer| {
+        job.store(&plan.pieces[index], buffer)
     })?;
-    let whole = plan.pieces.iter().zip(&sums);
-    let (crc64, size) = whole.fold((Crc64::EMPTY, 0), |(crc, size), (piece, next)| {
-        let bytes = bytes_of(piece);
-        (crc.then(*next, bytes), size + bytes)
-    });
-    Ok(FileEntry {
-        path: image_path(path),
-        size,
-        crc64,
-    })
+    let mut stream = Stream {
+        name: criu_path(path),
+        parts: Vec::new(),
+    };
+    for part in parts.into_iter().flatten() {
+        stream.push(part);
+    }
+    writer.add(stream);
+    fs::remove_file(path).map_err(PagesError::file("remove", path))
 }
 
 struct Job<'a> {
     path: &'a Path,
     dump: File,
-    file: File,
-    task: &'a Task,
+    /// None where the dump left nothing behind.
+    task: Option<&'a Task>,
     /// None where it may not be opened: then only what `process_vm_readv` reads can be copied.
     memory: Option<File>,
+    writer: &'a ChunkWriter,
 }
 
 impl Job<'_> {
-    /// Copies one piece to `offset` of the file, and says its checksum.
-    fn copy(&self, piece: &[Stretch], offset: u64, buffer: &mut [u8]) -> Result<Crc64, PagesError> {
-        let mut running = Running::default();
-        let mut at = offset;
-        let mut batch = Vec::new();
-        let mut filled = 0;
-        for stretch in piece {
-            let mut rest = *stretch;
-            while rest.bytes > 0 {
-                let room = (buffer.len() - filled) as u64;
-                let (head, tail) = split(rest, room);
-                filled += head.bytes as usize;
-                batch.push(head);
+    /// Reads one piece and stores its chunks.
+    fn store(&self, piece: &[Stretch], buffer: &mut [u8]) -> Result<Vec<Part>, PagesError> {
+        let mut rest = &mut buffer[..bytes_of(piece)];
+        for same in piece.chunk_by(|a, b| from_memory(a) == from_memory(b)) {
+            for batch in same.chunks(MAX_RANGES) {
+                let (head, tail) = rest.split_at_mut(bytes_of(batch));
+                self.read(batch, head)?;
                 rest = tail;
-                if filled == buffer.len() || batch.len() == MAX_RANGES {
-                    self.flush(&batch, &mut buffer[..filled], &mut at, &mut running)?;
-                    batch.clear();
-                    filled = 0;
-                }
             }
         }
-        self.flush(&batch, &mut buffer[..filled], &mut at, &mut running)?;
-        Ok(running.crc())
-    }
-
-    fn flush(
-        &self,
-        batch: &[Stretch],
-        buffer: &mut [u8],
-        at: &mut u64,
-        running: &mut Running,
-    ) -> Result<(), PagesError> {
-        let mut rest = &mut *buffer;
-        for same in batch.chunk_by(|a, b| from_memory(a) == from_memory(b)) {
-            let (head, tail) = rest.split_at_mut(bytes_of(same) as usize);
-            self.read(same, head)?;
+        let mut room = Room::default();
+        let mut rest = &*buffer;
+        let mut parts = Vec::new();
+        for chunk in piece.chunk_by(|a, b| a.block() == b.block()) {
+            let (head, tail) = rest.split_at(bytes_of(chunk));
+            parts.push(self.writer.put(head, &mut room)?);
             rest = tail;
         }
-        running.update(buffer);
-        self.file
-            .write_all_at(buffer, *at)
-            .map_err(PagesError::file("write", self.path))?;
-        *at += buffer.len() as u64;
-        Ok(())
+        Ok(parts)
     }
 
     /// Fills `into` with these stretches, which all come from the same place.
@@ -134,24 +102,25 @@ impl Job<'_> {
                     .dump
                     .read_exact_at(head, offset)
                     .map_err(PagesError::file("read", self.path))?,
-                From::Memory(vaddr) => ranges.push(RemoteIoVec {
-                    base: vaddr as usize,
+                From::Memory => ranges.push(RemoteIoVec {
+                    base: stretch.vaddr as usize,
                     len: stretch.bytes as usize,
                 }),
             }
         }
-        if ranges.is_empty() {
+        let (false, Some(task)) = (ranges.is_empty(), self.task) else {
             return Ok(());
-        }
-        let pid = Pid::from_raw(self.task.pid);
+        };
+        let pid = Pid::from_raw(task.pid);
         let read = process_vm_readv(pid, &mut [IoSliceMut::new(into)], &ranges).unwrap_or(0);
-        self.read_rest(&ranges, into, read)
+        self.read_rest(task, &ranges, into, read)
     }
 
     /// Reads what `process_vm_readv` did not: it stops at pages without read permission (a guard that was
     /// memory before, a JIT's code), which `/proc/<pid>/mem` gives to a tracer with the right to trace.
     fn read_rest(
         &self,
+        task: &Task,
         ranges: &[RemoteIoVec],
         into: &mut [u8],
         read: usize,
@@ -170,7 +139,7 @@ impl Job<'_> {
                 None => Err(io::ErrorKind::PermissionDenied.into()),
             };
             result.map_err(|source| PagesError::Memory {
-                pid: self.task.pid,
+                pid: task.pid,
                 vaddr,
                 bytes: rest.len() as u64,
                 source,
@@ -180,21 +149,10 @@ impl Job<'_> {
     }
 }
 
-fn bytes_of(stretches: &[Stretch]) -> u64 {
-    stretches.iter().map(|stretch| stretch.bytes).sum()
+fn bytes_of(stretches: &[Stretch]) -> usize {
+    stretches.iter().map(|stretch| stretch.bytes as usize).sum()
 }
 
 fn from_memory(stretch: &Stretch) -> bool {
-    matches!(stretch.from, From::Memory(_))
-}
-
-/// The first `bytes` of a stretch, and the rest.
-fn split(stretch: Stretch, bytes: u64) -> (Stretch, Stretch) {
-    let head = stretch.bytes.min(bytes);
-    let from = match stretch.from {
-        From::Dump(offset) => From::Dump(offset + head),
-        From::Memory(vaddr) => From::Memory(vaddr + head),
-    };
-    let (bytes, left) = (head, stretch.bytes - head);
-    (Stretch { bytes, ..stretch }, Stretch { from, bytes: left })
+    stretch.from == From::Memory
 }

@@ -6,67 +6,73 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rekindle_store::crc::file_crc;
-
 use super::PagesError;
 use crate::{
+    chunks::CHUNK,
     criu_image::{CriuImageError, PE_LAZY, PE_PARENT, PE_PRESENT, Pagemap, Run, pages_file},
-    manifest::{CRIU_DIR, FileEntry},
+    parallel::BUFFER,
 };
-
-/// Bytes of one piece at most: what one thread takes at a time.
-pub(super) const PIECE: u64 = 8 << 20;
 
 /// Where bytes come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum From {
     /// The pages file that the dump wrote, at this offset.
     Dump(u64),
-    /// The task's memory, at this address.
-    Memory(u64),
+    /// The task's memory, at the address where the page is.
+    Memory,
 }
 
-/// One stretch of the new pages file.
+/// Some of the pages of one chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stretch {
     pub(super) from: From,
+    pub(super) vaddr: u64,
     pub(super) bytes: u64,
+}
+
+impl Stretch {
+    /// Which chunk it is in: one has the pages of one aligned block of addresses, so that a page that is new
+    /// in the next generation changes the chunk that it is in, and shifts no other.
+    pub(super) fn block(&self) -> u64 {
+        self.vaddr / CHUNK as u64
+    }
 }
 
 /// A new pages file.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) pages: PathBuf,
-    /// In the file's order, each of [`PIECE`] bytes but the last.
+    /// In the file's order, each of whole chunks, and of no more than a thread's buffer holds.
     pub(super) pieces: Vec<Vec<Stretch>>,
-    /// Bytes that come from the task.
-    pub(super) left_behind: u64,
+    /// Whether any of it comes from the task.
+    pub(super) left_behind: bool,
     /// Where the flags of the lazy runs are.
     flags_at: Vec<u64>,
-    /// Bytes that the last piece has room for.
-    room: u64,
+    /// Bytes of the last piece.
+    filled: u64,
 }
 
 impl Plan {
-    /// Reads a pagemap; none when the dump left nothing of it behind.
-    pub(super) fn read(criu_dir: &Path, path: &Path) -> Result<Option<Self>, PagesError> {
+    pub(super) fn read(criu_dir: &Path, path: &Path) -> Result<Self, PagesError> {
         let page_size = rustix::param::page_size() as u64;
         let mut map = Pagemap::open(path)?;
         let mut plan = Self {
             pages: criu_dir.join(pages_file(map.pages_id)),
             pieces: Vec::new(),
-            left_behind: 0,
+            left_behind: false,
             flags_at: Vec::new(),
-            room: 0,
+            filled: 0,
         };
         let mut dumped = 0;
         while let Some(run) = map.next_run()? {
-            let mut from = if run.left_behind() {
+            let bytes = run.bytes(page_size);
+            if run.left_behind() {
                 plan.flags_at.push(flags_at(path, &run)?);
-                plan.left_behind += run.bytes(page_size);
-                From::Memory(run.vaddr)
+                plan.left_behind = true;
+                plan.add(run.vaddr, bytes, |_| From::Memory);
             } else if run.present() {
-                From::Dump(dumped)
+                plan.add(run.vaddr, bytes, |done| From::Dump(dumped + done));
+                dumped += bytes;
             } else if run.flags & PE_PARENT != 0 {
                 let (path, place) = (path.to_owned(), "in a parent image");
                 return Err(CriuImageError::Elsewhere {
@@ -75,37 +81,45 @@ impl Plan {
                     place,
                 }
                 .into());
-            } else {
-                continue;
-            };
-            let mut left = run.bytes(page_size);
-            while left > 0 {
-                let bytes = plan.push(from, left);
-                left -= bytes;
-                from = match from {
-                    From::Dump(offset) => From::Dump(offset + bytes),
-                    From::Memory(vaddr) => From::Memory(vaddr + bytes),
-                };
-            }
-            if !run.left_behind() {
-                dumped += run.bytes(page_size);
             }
         }
-        Ok((plan.left_behind > 0).then_some(plan))
+        Ok(plan)
     }
 
-    /// Adds as many of `bytes` as the last piece has room for, beginning a new one if it has none.
-    fn push(&mut self, from: From, bytes: u64) -> u64 {
-        if self.room == 0 {
-            self.pieces.push(Vec::new());
-            self.room = PIECE;
+    /// Adds a run, cut where a chunk ends. `from` is given the bytes of it before a stretch.
+    fn add(&mut self, vaddr: u64, bytes: u64, from: impl Fn(u64) -> From) {
+        let mut done = 0;
+        while done < bytes {
+            let at = vaddr + done;
+            let room = CHUNK as u64 - at % CHUNK as u64;
+            let stretch = Stretch {
+                from: from(done),
+                vaddr: at,
+                bytes: room.min(bytes - done),
+            };
+            done += stretch.bytes;
+            self.push(stretch);
         }
-        let bytes = bytes.min(self.room);
-        self.room -= bytes;
-        if let Some(piece) = self.pieces.last_mut() {
-            piece.push(Stretch { from, bytes });
+    }
+
+    fn push(&mut self, stretch: Stretch) {
+        // What a chunk that has begun may still get has to fit too, or it would be cut in two.
+        let full = self.filled + CHUNK as u64 > BUFFER as u64;
+        match self.pieces.last_mut() {
+            Some(piece)
+                if !full
+                    || piece
+                        .last()
+                        .is_some_and(|last| last.block() == stretch.block()) =>
+            {
+                piece.push(stretch);
+                self.filled += stretch.bytes;
+            }
+            _ => {
+                self.pieces.push(vec![stretch]);
+                self.filled = stretch.bytes;
+            }
         }
-        bytes
     }
 }
 
@@ -122,7 +136,7 @@ fn flags_at(path: &Path, run: &Run) -> Result<u64, CriuImageError> {
 
 /// Says in the pagemap that the lazy runs are in the pages file now. 2 becomes 6: the same length, so the
 /// bytes are changed in place.
-pub(super) fn mark_present(path: &Path, plan: &Plan) -> Result<FileEntry, PagesError> {
+pub(super) fn mark_present(path: &Path, plan: &Plan) -> Result<(), PagesError> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -132,21 +146,5 @@ pub(super) fn mark_present(path: &Path, plan: &Plan) -> Result<FileEntry, PagesE
         file.write_all_at(&[(PE_LAZY | PE_PRESENT) as u8], *at)
             .map_err(PagesError::file("change", path))?;
     }
-    entry(path)
-}
-
-fn entry(path: &Path) -> Result<FileEntry, PagesError> {
-    let (crc64, size) =
-        file_crc(path).map_err(|e| PagesError::file("checksum", path)(std::io::Error::other(e)))?;
-    Ok(FileEntry {
-        path: image_path(path),
-        size,
-        crc64,
-    })
-}
-
-/// How a manifest names a file of the CRIU folder.
-pub(super) fn image_path(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    format!("{CRIU_DIR}/{name}")
+    Ok(())
 }

@@ -209,6 +209,8 @@ struct Answer {
     name: ImageName,
     generation: u64,
     bytes: u64,
+    /// Of these, what no earlier generation had.
+    written: u64,
     elapsed_ms: u64,
     container: String,
     exited: bool,
@@ -227,6 +229,7 @@ impl Answer {
             name: args.name.clone(),
             generation: image.generation(),
             bytes: image.manifest().total_bytes(),
+            written: image.manifest().written_bytes(),
             elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
             container: request.container.id.clone(),
             exited: args.exit,
@@ -241,6 +244,10 @@ impl Answer {
         } else {
             ""
         };
-        format!("{}  {size}, made in {took:.2}s{after}", self.image)
+        let new = match self.written < self.bytes {
+            true => format!(" ({} of it new)", output::bytes(self.written)),
+            false => String::new(),
+        };
+        format!("{}  {size}{new}, made in {took:.2}s{after}", self.image)
     }
 }

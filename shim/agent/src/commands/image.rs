@@ -2,6 +2,7 @@
 
 use std::{
     io::{IsTerminal as _, stderr},
+    path::Path,
     process::ExitCode,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -10,16 +11,18 @@ use std::{
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use rekindle_checkpoint::{
-    ImageError, ImageStore, Manifest, SealedImage, image::Listed, manifest::FileEntry,
+    ImageError, ImageStore, Manifest, SealedImage, image::Listed, manifest::CRIU_DIR,
 };
 use rekindle_core::{
-    config::NodeConfig,
+    config::{Compression, NodeConfig},
     name::{ImageRef, Namespace},
+    paths,
 };
 use serde_json::json;
 
 use crate::{
     exit::Failure,
+    keys,
     output::{self, Paint},
 };
 
@@ -100,7 +103,9 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
     tokio::task::block_in_place(|| match args.command {
         ImageCommand::Ls { namespace, json } => ls(&store, namespace.as_ref(), json),
         ImageCommand::Show { which, json } => show(&store, &which, json),
-        ImageCommand::Verify { images, namespace } => verify(&store, &images, namespace.as_ref()),
+        ImageCommand::Verify { images, namespace } => {
+            verify(&store, config, &images, namespace.as_ref())
+        }
         ImageCommand::Rm { which, force } => rm(&store, &which, force),
     })
 }
@@ -199,6 +204,11 @@ fn describe(image: &SealedImage) {
         .as_deref()
         .map(|digest| cut(digest).to_owned());
     let digest = or_none(&facts.source.image_digest);
+    let none = || "none".to_owned();
+    let compression = match manifest.compression {
+        Compression::None => "no",
+        Compression::Lz4 => "with LZ4",
+    };
     for (title, text) in [
         ("image", image.reference()),
         ("made", format!("{} ago", age(manifest.created))),
@@ -214,6 +224,11 @@ fn describe(image: &SealedImage) {
         ("kernel", host.kernel.clone()),
         ("made by", format!("CRIU {}, runc {}", host.criu, host.runc)),
         ("dumped with", list(dump_flags(image))),
+        (
+            "encrypted with",
+            image.key().map_or_else(none, str::to_owned),
+        ),
+        ("compressed", compression.to_owned()),
         ("user", format!("{}:{}", security.uid, security.gid)),
         (
             "capabilities",
@@ -238,19 +253,22 @@ fn describe(image: &SealedImage) {
             &format!("{:>6}  {rss:>10}  {}", process.pid, process.comm),
         );
     }
-    let mut largest: Vec<&FileEntry> = manifest.files.iter().collect();
-    largest.sort_by_key(|file| std::cmp::Reverse(file.size));
-    // The rest are CRIU's small ones, and --json has them all.
-    for file in largest.iter().take(8) {
-        let size = output::bytes(file.size);
-        line(
-            "file",
-            &format!("{size:>10}  {}  {}", file.crc64, file.path),
-        );
+    let stored = &manifest.stored;
+    line("memory and layers", &output::bytes(stored.bytes));
+    line("  zeros", &output::bytes(stored.zeros));
+    line("  stored already", &output::bytes(stored.shared));
+    line("  stored for it", &output::bytes(stored.written));
+    for pack in &manifest.packs {
+        let size = output::bytes(pack.size);
+        line("pack", &format!("{size:>10}  {}", pack.id));
     }
-    if largest.len() > 8 {
-        line("", &format!("and {} smaller files", largest.len() - 8));
-    }
+    let size = manifest.files.iter().map(|file| file.size).sum();
+    let files = format!(
+        "{:>10}  in {} files",
+        output::bytes(size),
+        manifest.files.len()
+    );
+    line("CRIU's own", &files);
 }
 
 /// One line of a description. What a container chose (its names, labels) must not reach the terminal as
@@ -287,6 +305,7 @@ fn dump_flags(image: &SealedImage) -> Vec<String> {
 
 fn verify(
     store: &ImageStore,
+    config: &NodeConfig,
     images: &[ImageRef],
     namespace: Option<&Namespace>,
 ) -> anyhow::Result<ExitCode> {
@@ -307,12 +326,12 @@ fn verify(
     for (namespace, name, generation) in wanted {
         let checked = store
             .resolve(&namespace, &name, Some(generation))
-            .and_then(check);
+            .map_err(anyhow::Error::from)
+            .and_then(|image| check(store, config, image));
         match checked {
             Ok(sentence) => output::line(format!("{sentence}: {}", paint.green("sound"))),
             Err(error) => {
                 sound = false;
-                let error = anyhow::Error::from(error);
                 output::line(format!(
                     "{namespace}/{name}@{generation}: {} {error:#}",
                     paint.red("unsound:")
@@ -328,12 +347,24 @@ fn verify(
 }
 
 /// Verifies one image, with a bar on a terminal, and says which it was.
-fn check(image: SealedImage) -> Result<String, ImageError> {
+fn check(store: &ImageStore, config: &NodeConfig, image: SealedImage) -> anyhow::Result<String> {
     let (reference, bytes) = (image.reference(), image.manifest().total_bytes());
+    let packs = image.manifest().packs.iter().map(|pack| pack.size).sum();
+    let key = keys::of(config, &image)?;
+    let scratch;
+    let into = match key {
+        // Nothing of it goes to the disk in clear.
+        Some(_) => Path::new(paths::RUN_DIR).join(format!("verify-{}", std::process::id())),
+        None => {
+            scratch = store.scratch()?;
+            scratch.path().join(CRIU_DIR)
+        }
+    };
+    let verified = image.verify(&into, key.as_ref())?;
     let done = AtomicU64::new(0);
-    let bar = bar(&reference, bytes);
+    let bar = bar(&reference, packs);
     let result = std::thread::scope(|scope| {
-        let checking = scope.spawn(|| image.verify_counting(&done));
+        let checking = scope.spawn(|| verified.verify_chunks(&done));
         while !checking.is_finished() {
             bar.set_position(done.load(Ordering::Relaxed));
             // The bar is drawn this often; `unpark` is not needed, for nobody waits for less.
@@ -343,7 +374,7 @@ fn check(image: SealedImage) -> Result<String, ImageError> {
     });
     bar.finish_and_clear();
     match result {
-        Ok(checked) => checked.map(|_| format!("{reference}  {}", output::bytes(bytes))),
+        Ok(checked) => Ok(checked.map(|()| format!("{reference}  {}", output::bytes(bytes)))?),
         Err(panic) => std::panic::resume_unwind(panic),
     }
 }

@@ -5,26 +5,52 @@ use std::{
     os::{fd::AsFd as _, unix::net::UnixStream},
     path::PathBuf,
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::Context as _;
 use clap::Args;
-use rekindle_checkpoint::pager;
+use rekindle_checkpoint::{ImageStore, pager};
+use rekindle_core::{config::NodeConfig, name::ImageRef};
+
+use crate::keys;
 
 /// Its standard input is the connection to the shim, over which the processes come.
 #[derive(Debug, Args)]
 pub(crate) struct PagerArgs {
     /// The folder of CRIU's images.
     #[arg(long)]
-    images: PathBuf,
+    criu: PathBuf,
+    /// The store of the image.
+    #[arg(long)]
+    store: PathBuf,
+    /// The image: NAMESPACE/NAME@GENERATION.
+    image: ImageRef,
 }
 
-pub(crate) fn run(args: &PagerArgs) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(
+    args: &PagerArgs,
+    config: impl FnOnce() -> anyhow::Result<NodeConfig>,
+) -> anyhow::Result<ExitCode> {
     let stdin = io::stdin();
     let relay = stdin.as_fd().try_clone_to_owned();
     let relay = UnixStream::from(relay.context("duplicating the connection to the shim")?);
     more_descriptors();
-    match pager::serve(relay, &args.images) {
+    let Some(namespace) = &args.image.namespace else {
+        anyhow::bail!("the image {} has no namespace", args.image);
+    };
+    let image = ImageStore::open(&args.store)?.resolve(
+        namespace,
+        &args.image.name,
+        args.image.generation,
+    )?;
+    // Only who has an encrypted image has to know of keys.
+    let key = match image.key() {
+        Some(id) => keys::named(&config()?, namespace, id)?,
+        None => None,
+    };
+    let chunks = Arc::new(image.chunks(key.as_ref())?);
+    match pager::serve(relay, &args.criu, &chunks) {
         Ok(_) => Ok(ExitCode::SUCCESS),
         Err(pager::ServeError::Abandoned) => Ok(ExitCode::from(pager::ABANDONED)),
         Err(e) => Err(e.into()),

@@ -51,6 +51,76 @@ fn images_stay_in_their_namespace_unless_exported() {
 }
 
 #[test]
+fn the_first_key_of_a_namespace_encrypts_and_any_of_its_own_opens() {
+    let config = parse(
+        r#"
+        [[images.key]]
+        id = "a-2"
+        namespaces = ["team-a"]
+        file = "/etc/keys/a-2"
+        [[images.key]]
+        id = "a-1"
+        namespaces = ["team-a", "team-b"]
+        command = ["/bin/keys", "a-1"]
+        "#,
+    )
+    .unwrap();
+    let named = |ns: &str| {
+        config
+            .key_for(&ns.parse().unwrap())
+            .map(|key| key.id.as_str())
+    };
+    assert_eq!(
+        [named("team-a"), named("team-b"), named("team-c")],
+        [Some("a-2"), Some("a-1"), None]
+    );
+    let opens = |id: &str, ns: &str| config.key_named(id, &ns.parse().unwrap()).is_some();
+    assert!(opens("a-1", "team-a") && opens("a-2", "team-a") && !opens("a-2", "team-b"));
+}
+
+#[test]
+fn a_key_that_cannot_be_is_refused() {
+    for (text, words) in [
+        ("id = \"a\"\nnamespaces = []", "either a file or a command"),
+        (
+            "id = \"a\"\nnamespaces = []\nfile = \"key\"",
+            "either a file or a command",
+        ),
+        (
+            "id = \"a\"\nnamespaces = []\ncommand = []",
+            "either a file or a command",
+        ),
+        (
+            "id = \"a\"\nnamespaces = []\ncommand = [\"keys\"]",
+            "either a file or a command",
+        ),
+        (
+            "id = \"a\"\nnamespaces = []\nfile = \"/a\"\ncommand = [\"/b\"]",
+            "either a file or a command",
+        ),
+        ("id = \"\"\nnamespaces = []\nfile = \"/a\"", "images.key.id"),
+        (
+            "id = \"a b\"\nnamespaces = []\nfile = \"/a\"",
+            "images.key.id",
+        ),
+        ("id = \"a\"\nfile = \"/a\"", "namespaces"),
+        (
+            "id = \"a\"\nnamespaces = []\nfile = \"/a\"\nkey = \"00\"",
+            "unknown field",
+        ),
+    ] {
+        let refused = parse(&format!("[[images.key]]\n{text}\n")).unwrap_err();
+        assert!(refused.contains(words), "{text}: {refused}");
+    }
+    let one = "[[images.key]]\nid = \"a\"\nnamespaces = []\nfile = \"/a\"\n";
+    assert!(
+        parse(&one.repeat(2))
+            .unwrap_err()
+            .contains("an id of its own")
+    );
+}
+
+#[test]
 fn what_is_wrong_is_named() {
     for (text, words) in [
         ("[datasets]\nrot = \"/x\"", &["rot", "config.toml"][..]),

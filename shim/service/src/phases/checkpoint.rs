@@ -9,10 +9,7 @@ mod window;
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use rekindle_checkpoint::{
-    Facts, ImageStore, Partial,
-    fit::container_facts,
-    manifest::{DumpFlags, FileEntry},
-    pages::Tasks,
+    Facts, ImageStore, Order, Partial, fit::container_facts, manifest::DumpFlags, pages::Tasks,
     plain,
 };
 
@@ -22,6 +19,7 @@ use crate::{
     context::Fixed,
     criu::{self, CheckpointRequest, CriuError, Purpose},
     error::{Error, sentence},
+    keys,
     lifecycle::State,
     runc::RuncError,
     threads::blocking,
@@ -45,10 +43,13 @@ pub(crate) async fn run(
         .unwrap_or_else(|| fixed.bundle.join("criu-work"));
     fs::create_dir_all(&work).map_err(Error::file("creating", &work))?;
 
-    let destination = step(id, "where", destination(fixed, request)).await?;
-    if destination.is_some() {
-        refuse_image(fixed, &spec)?;
-    }
+    let destination = match step(id, "where", destination(fixed, request)).await? {
+        Some(order) => {
+            refuse_image(fixed, &spec)?;
+            Some(step(id, "begin", begin(fixed, order)).await?)
+        }
+        None => None,
+    };
     // With exit they stay frozen until their end: what they did after the dump would be in nobody's image.
     let held = state == State::Running;
     let release = held && !request.exit;
@@ -122,7 +123,7 @@ fn refuse_image(fixed: &Fixed, spec: &Spec) -> Result<(), Error> {
 }
 
 /// The image of our store that is asked for; none for any other path, which gets CRIU's plain files.
-async fn destination(fixed: &Fixed, request: &CheckpointRequest) -> Result<Option<Partial>, Error> {
+async fn destination(fixed: &Fixed, request: &CheckpointRequest) -> Result<Option<Order>, Error> {
     let cannot = |reason: String| PhaseError::CannotCheckpoint {
         id: fixed.id.clone(),
         reason,
@@ -135,7 +136,7 @@ async fn destination(fixed: &Fixed, request: &CheckpointRequest) -> Result<Optio
         Err(error) => Err(error),
     })
     .await?;
-    let Some(partial) = found.map_err(|e| cannot(sentence(&e)))? else {
+    let Some(order) = found.map_err(|e| cannot(sentence(&e)))? else {
         if request.image.join("request.json").exists() {
             let reason = format!(
                 "{} is a request for an image outside this node's store ({}); the CLI and the shim read different configurations",
@@ -147,14 +148,32 @@ async fn destination(fixed: &Fixed, request: &CheckpointRequest) -> Result<Optio
         return Ok(None);
     };
     let own = &fixed.plan.identity.namespace;
-    if partial.namespace() != own {
+    if order.namespace() != own {
         let reason = format!(
             "the image is asked for in namespace {}, and the container is of {own}",
-            partial.namespace()
+            order.namespace()
         );
         return Err(cannot(reason).into());
     }
-    Ok(Some(partial))
+    Ok(Some(order))
+}
+
+/// Makes what the image is written into; all that takes time of it, before the tasks are stopped.
+async fn begin(fixed: &Fixed, order: Order) -> Result<Partial, Error> {
+    let cannot = |reason: String| PhaseError::CannotCheckpoint {
+        id: fixed.id.clone(),
+        reason,
+    };
+    let key = keys::for_new_image(&fixed.shared, order.namespace())
+        .await
+        .map_err(cannot)?;
+    let private = fixed.bundle.join(PRIVATE);
+    if key.is_some() {
+        keys::require_memory(&fixed.bundle).map_err(cannot)?;
+    }
+    let compression = fixed.shared.node.images.compression;
+    let begun = blocking(move || order.begin(key, compression, &private)).await?;
+    Ok(begun.map_err(|e| cannot(sentence(&e)))?)
 }
 
 async fn facts(fixed: &Fixed, spec: &Spec, request: &CheckpointRequest) -> Result<Facts, Error> {
@@ -207,10 +226,9 @@ async fn sealed(
         .await?;
     }
     facts.processes = processes(&taken.tasks);
-    let known: Vec<FileEntry> = taken.files;
     let id = fixed.id.clone();
     let sealing = async {
-        let sealed = blocking(move || partial.seal(facts, &known)).await?;
+        let sealed = blocking(move || partial.seal(facts)).await?;
         sealed.map_err(|e| {
             PhaseError::CannotCheckpoint {
                 id: fixed.id.clone(),
@@ -325,6 +343,9 @@ async fn failed(fixed: &Fixed, work: &Path, error: Error) -> Error {
         _ => error,
     }
 }
+
+/// In the bundle: what CRIU writes of an image that is encrypted.
+const PRIVATE: &str = "criu-private";
 
 /// How long CRIU may take to end a dump whose window was closed.
 const CLOSING: Duration = Duration::from_secs(30);

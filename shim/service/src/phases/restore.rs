@@ -15,7 +15,7 @@ use std::{
 };
 
 use containerd_shim_protos::api::CreateTaskRequest;
-use rekindle_checkpoint::{VerifiedImage, manifest::DumpFlags, plain};
+use rekindle_checkpoint::{StagedImage, manifest::DumpFlags, plain};
 use rekindle_core::annotations::Policy;
 
 pub(crate) use loading::{Loading, end_orphaned as end_orphaned_pager};
@@ -55,7 +55,7 @@ enum Images {
     },
     /// An image of our store.
     Ours {
-        image: Arc<VerifiedImage>,
+        image: Arc<StagedImage>,
         lazily: bool,
     },
 }
@@ -64,7 +64,7 @@ impl Images {
     fn folder(&self) -> PathBuf {
         match self {
             Self::Plain { folder, .. } => folder.clone(),
-            Self::Ours { image, .. } => image.criu_dir(),
+            Self::Ours { image, .. } => image.criu_dir().to_owned(),
         }
     }
 

@@ -103,12 +103,17 @@ impl Missing {
         self.0.insert(piece.vaddr, piece);
     }
 
-    /// At most `most` bytes of the first piece at or behind `vaddr`, or of the very first one when
-    /// nothing is missing there.
-    pub(super) fn next(&self, vaddr: u64, most: u64) -> Option<Piece> {
+    /// At most `most` bytes of the first piece at or behind `vaddr`, or of the very first one when nothing is
+    /// missing there; to where a block of `align` bytes ends, if that many are left over.
+    pub(super) fn next(&self, vaddr: u64, most: u64, align: u64) -> Option<Piece> {
         let behind = self.overlapping(vaddr, u64::MAX).next();
         let piece = behind.or_else(|| self.0.values().next().copied())?;
-        piece.within(piece.vaddr, piece.vaddr + most)
+        let end = piece.vaddr + most;
+        let aligned = end - end % align;
+        piece.within(
+            piece.vaddr,
+            if aligned > piece.vaddr { aligned } else { end },
+        )
     }
 
     /// Takes what is missing around `vaddr` within one piece and `start..end`; none when the page at

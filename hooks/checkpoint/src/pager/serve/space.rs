@@ -2,10 +2,8 @@
 
 use std::{
     collections::VecDeque,
-    fs::File,
     io,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
@@ -14,11 +12,16 @@ use super::{
     missing::{Missing, Piece},
     userfaultfd::{Event, Refusal, Userfaultfd},
 };
-use crate::criu_image::pages_file;
+use crate::{
+    chunks::{CHUNK, Chunks},
+    criu_image::pages_file,
+    manifest::criu_path,
+};
 
 /// Around a page that a thread waits for, the aligned block of this size comes in with it: what a program
-/// touches next mostly lies there, and each fault costs two switches of context, as much as 16 pages.
-pub(super) const FAULT_BLOCK: u64 = 64 << 10;
+/// touches next mostly lies there, and each fault costs two switches of context, as much as 16 pages. It is a chunk
+/// of the image, which is read and compared whole, whatever of it is wanted.
+pub(super) const FAULT_BLOCK: u64 = CHUNK as u64;
 
 /// The memory of one restored process.
 #[derive(Debug)]
@@ -63,30 +66,29 @@ impl Moved {
     }
 }
 
-/// A pages file of the image.
+/// A pages file of the image, which is a stream of it.
 #[derive(Debug)]
 struct Pages {
-    path: PathBuf,
-    file: File,
+    chunks: Arc<Chunks>,
+    name: String,
 }
 
 impl Space {
-    /// That of a process whose images are in `criu_dir`.
+    /// That of a process whose images are in `criu_dir`, but for its pages, which are in `chunks`.
     ///
     /// # Errors
     /// When its images cannot be read or are malformed.
     pub(super) fn open(
         criu_dir: &Path,
+        chunks: &Arc<Chunks>,
         pid: i32,
         userfaultfd: Userfaultfd,
     ) -> Result<Self, ServeError> {
         let (missing, pages_id) = Missing::read(criu_dir, pid)?;
-        let path = criu_dir.join(pages_file(pages_id));
-        let file = File::open(&path).map_err(|source| ServeError::Pages {
-            path: path.clone(),
-            source,
-        })?;
-        let pages = Arc::new(Pages { path, file });
+        let pages = Arc::new(Pages {
+            chunks: Arc::clone(chunks),
+            name: criu_path(Path::new(&pages_file(pages_id))),
+        });
         Ok(Self::new(pid, userfaultfd, pages, missing))
     }
 
@@ -195,7 +197,7 @@ impl Space {
         let page_size = rustix::param::page_size() as u64;
         let wanted = {
             let mut cursor = lock(&self.cursor);
-            let next = lock(&self.missing).next(*cursor, buffer.len() as u64);
+            let next = lock(&self.missing).next(*cursor, buffer.len() as u64, FAULT_BLOCK);
             let Some(next) = next else { return Ok(None) };
             *cursor = next.end();
             next
@@ -287,11 +289,8 @@ impl Space {
 
 impl Pages {
     fn read(&self, at: u64, into: &mut [u8]) -> Result<(), ServeError> {
-        let read = self.file.read_exact_at(into, at);
-        read.map_err(|source| ServeError::Pages {
-            path: self.path.clone(),
-            source,
-        })
+        self.chunks.read_at(&self.name, at, into)?;
+        Ok(())
     }
 }
 

@@ -26,9 +26,12 @@ use nix::{
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 use super::*;
-use crate::criu_image::{
-    PE_LAZY, PE_PRESENT,
-    tests::{advised, pagemap},
+use crate::{
+    chunks::tests::chunks,
+    criu_image::{
+        PE_LAZY, PE_PRESENT,
+        tests::{advised, pagemap},
+    },
 };
 
 const PAGE: usize = 4096;
@@ -300,10 +303,23 @@ impl Serving {
     fn new(dir: &Path) -> Self {
         let (relay, theirs) = UnixStream::pair().unwrap();
         let dir = dir.to_owned();
+        let pages = fs::read_dir(&dir).unwrap().filter_map(|entry| {
+            let path = entry.unwrap().path();
+            let name = path.file_name()?.to_str()?;
+            let bytes = fs::read(&path).unwrap();
+            name.starts_with("pages-")
+                .then(|| (format!("criu/{name}"), bytes))
+        });
+        let pages: Vec<_> = pages.collect();
+        let streams: Vec<_> = pages
+            .iter()
+            .map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
+            .collect();
+        let chunks = chunks(&dir, &streams);
         // Who holds duplicates lets them go when the pager ends; this one does not hold them at all.
         let mut children = relay.try_clone().unwrap();
         thread::spawn(move || while let Ok(Some(_)) = protocol::receive(&mut children) {});
-        let thread = thread::spawn(move || serve(theirs, &dir));
+        let thread = thread::spawn(move || serve(theirs, &dir, &chunks));
         Self { relay, thread }
     }
 
@@ -502,7 +518,7 @@ fn a_page_that_cannot_be_had_ends_it() {
     serving.finish();
     let ended = serving.end();
     assert!(
-        matches!(&ended, Err(ServeError::Pages { path, .. }) if *path == pages),
+        matches!(&ended, Err(ServeError::Chunk(ChunkError::Io { path, .. })) if path.ends_with("pages-1.img")),
         "{ended:?}"
     );
 }

@@ -17,7 +17,7 @@ use rekindle_checkpoint::{
     PageServerLink, Partial,
     archive::{open_dir, open_in_root, pack_with_deleted},
     deleted::DeletedFiles,
-    manifest::{DumpFlags, FileEntry},
+    manifest::{DumpFlags, SHM_FILE, UPPER_FILE},
     page_server::CHILD_FD,
     pages::{self, Tasks},
 };
@@ -41,7 +41,6 @@ const STATUS_FD: i32 = CHILD_FD + 1;
 /// What was taken while the tasks stood still.
 #[derive(Debug)]
 pub(super) struct Taken {
-    pub(super) files: Vec<FileEntry>,
     pub(super) tasks: Tasks,
     /// From the beginning of the dump to its end. The tasks stood still for longer: since they were held before it,
     /// until they are released after it.
@@ -146,7 +145,7 @@ pub(super) async fn dump(
     };
     // The dump has to be over, well or not, before anything is said of the tasks.
     let ended = ended.await;
-    let (partial, (files, tasks)) = copied
+    let (partial, tasks) = copied
         .map_err(|reason: String| match &ended {
             // When CRIU failed first, the reason is in its log.
             Err(_) => format!("{reason}; the dump was given up and the tasks run on"),
@@ -157,7 +156,6 @@ pub(super) async fn dump(
     Ok((
         partial,
         Taken {
-            files,
             tasks,
             stopped: began.elapsed(),
         },
@@ -197,7 +195,7 @@ struct Sources {
 }
 
 impl Sources {
-    fn take(&self, partial: &Partial) -> Result<(Vec<FileEntry>, Tasks), String> {
+    fn take(&self, partial: &Partial) -> Result<Tasks, String> {
         let words = |e: &dyn std::error::Error| sentence(e);
         let criu = partial.criu_dir();
         let mounts = || self.mounts.iter().map(String::as_str);
@@ -209,38 +207,30 @@ impl Sources {
             .map_err(|e| words(&e))?;
         let memory = pages::lazy_bytes(&criu).map_err(|e| words(&e))?;
         partial.require_space(memory).map_err(|e| words(&e))?;
-        let mut files = pages::copy_lazy_pages(&criu, &tasks)
-            .map_err(|e| words(&e))?
-            .files;
+        pages::take_pages(&criu, &tasks, partial.chunks()).map_err(|e| words(&e))?;
         if let Some(upper) = &self.upper {
             let folder = open_dir(upper)
                 .map_err(|e| format!("cannot open the upper layer {}: {e}", upper.display()))?;
             let root = Path::new("/");
-            let packed = pack_with_deleted(
-                &folder,
-                &partial.upper_tar(),
-                root,
-                deleted.of(root, mounts()),
-            );
-            files.push(packed.map_err(|e| words(&e))?.file);
+            let out = partial.chunks().stream(UPPER_FILE);
+            let packed = pack_with_deleted(&folder, out, root, deleted.of(root, mounts()));
+            let (out, _) = packed.map_err(|e| words(&e))?;
+            out.finish().map_err(|e| words(&e))?;
         }
         if self.shm {
             let root = PathBuf::from(format!("/proc/{}/root", self.init));
             let shm = Path::new(SHM);
             match open_in_root(&root, shm) {
                 Ok(folder) => {
-                    let packed = pack_with_deleted(
-                        &folder,
-                        &partial.shm_tar(),
-                        shm,
-                        deleted.of(shm, mounts()),
-                    );
-                    files.push(packed.map_err(|e| words(&e))?.file);
+                    let out = partial.chunks().stream(SHM_FILE);
+                    let packed = pack_with_deleted(&folder, out, shm, deleted.of(shm, mounts()));
+                    let (out, _) = packed.map_err(|e| words(&e))?;
+                    out.finish().map_err(|e| words(&e))?;
                 }
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 Err(e) => return Err(format!("cannot open the container's {SHM}: {e}")),
             }
         }
-        Ok((files, tasks))
+        Ok(tasks)
     }
 }

@@ -1,7 +1,6 @@
 //! From a name to an image that may be restored here: found, verified, compared, staged.
 
 use std::{
-    fs::File,
     io::{self, Read},
     path::PathBuf,
     process::Command,
@@ -10,8 +9,9 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    ImageError, ImageStore, VerifiedImage,
+    ImageError, ImageStore, StagedImage, VerifiedImage,
     archive::{Existing, Made, open_dir, unpack},
+    chunks::StreamReader,
     criu_image::Task,
     fit::{container_facts, fit},
 };
@@ -24,9 +24,12 @@ use crate::{
     context::Fixed,
     data,
     error::{Error, sentence},
-    programs,
+    keys, programs,
     threads::blocking,
 };
+
+/// In the bundle: CRIU's files of the image.
+const IMAGE: &str = "criu-image";
 
 /// Opens the image that `plan` names for this container, and puts its upper layer and `/dev/shm` in
 /// place, both by `until`. Also says whether its memory may come in lazily.
@@ -37,13 +40,12 @@ pub(super) async fn open(
     plan: &RestorePlan,
     spec: &Spec,
     until: Instant,
-) -> Result<(Arc<VerifiedImage>, bool), Error> {
+) -> Result<(Arc<StagedImage>, bool), Error> {
     let fitting = tokio::time::timeout_at(until.into(), fitting(fixed, plan, spec)).await;
     let (image, lazily) =
         fitting.unwrap_or_else(|_| Err(late(fixed, "the image was not verified")))?;
-    let staging = stage(fixed, Arc::clone(&image), spec, until);
-    step(&fixed.id, "stage", staging).await?;
-    Ok((image, lazily))
+    let staged = step(&fixed.id, "stage", stage(fixed, image, spec, until)).await?;
+    Ok((Arc::new(staged), lazily))
 }
 
 /// The image, found, verified and compared.
@@ -51,7 +53,7 @@ async fn fitting(
     fixed: &Fixed,
     plan: &RestorePlan,
     spec: &Spec,
-) -> Result<(Arc<VerifiedImage>, bool), Error> {
+) -> Result<(VerifiedImage, bool), Error> {
     let cannot = |reason: String| PhaseError::CannotRestore {
         id: fixed.id.clone(),
         reason,
@@ -73,28 +75,51 @@ async fn fitting(
         digest.as_deref(),
     )
     .map_err(|misfit| cannot(format!("image {}: {misfit}", image.reference())))?;
-    Ok((Arc::new(image), lazily))
+    let image = match lazily {
+        true => image,
+        false => step(&fixed.id, "read pages", eagerly(fixed, image)).await?,
+    };
+    Ok((image, lazily))
 }
 
 /// The image, and what CRIU would give its tasks.
 async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, Vec<Task>), Error> {
+    let cannot = |reason: String| PhaseError::CannotRestore {
+        id: fixed.id.clone(),
+        reason,
+    };
+    let unfit = |e: ImageError| cannot(sentence(&e));
     let root = fixed.shared.node.images.root.clone();
     let (namespace, name, generation) =
         (plan.namespace.clone(), plan.name.clone(), plan.generation);
+    let found = blocking(move || ImageStore::open(&root)?.resolve(&namespace, &name, generation));
+    let sealed = found.await?.map_err(unfit)?;
+    let key = keys::for_image(&fixed.shared, &plan.namespace, sealed.key()).await;
+    let key = key.map_err(cannot)?;
+    if key.is_some() {
+        keys::require_memory(&fixed.bundle).map_err(cannot)?;
+    }
+    let into = fixed.bundle.join(IMAGE);
     let verified = blocking(move || {
-        let sealed = ImageStore::open(&root)?.resolve(&namespace, &name, generation)?;
-        let image = sealed.verify()?;
+        let image = sealed.verify(&into, key.as_ref())?;
         let tasks = image.tasks()?;
         Ok::<_, ImageError>((image, tasks))
-    })
-    .await?;
-    verified.map_err(|e| {
-        PhaseError::CannotRestore {
-            id: fixed.id.clone(),
-            reason: sentence(&e),
-        }
-        .into()
-    })
+    });
+    Ok(verified.await?.map_err(unfit)?)
+}
+
+/// Reads all pages, for a restore without a pager.
+async fn eagerly(fixed: &Fixed, mut image: VerifiedImage) -> Result<VerifiedImage, Error> {
+    let root = fixed.shared.node.images.root.clone();
+    let loaded = blocking(move || {
+        image.load_eagerly(&ImageStore::open(&root)?)?;
+        Ok::<_, ImageError>(image)
+    });
+    let loaded = loaded.await?.map_err(|e| PhaseError::CannotRestore {
+        id: fixed.id.clone(),
+        reason: sentence(&e),
+    })?;
+    Ok(loaded)
 }
 
 async fn lazily(fixed: &Fixed) -> Result<bool, Error> {
@@ -159,10 +184,10 @@ async fn digest(fixed: &Fixed) -> Option<String> {
 /// itself when `until` has come.
 async fn stage(
     fixed: &Fixed,
-    image: Arc<VerifiedImage>,
+    image: VerifiedImage,
     spec: &Spec,
     until: Instant,
-) -> Result<(), Error> {
+) -> Result<StagedImage, Error> {
     let cannot = |reason: String| PhaseError::CannotRestore {
         id: fixed.id.clone(),
         reason,
@@ -176,24 +201,24 @@ async fn stage(
     let shm = spec.bind_source(SHM);
     let staged = blocking(move || {
         put(
-            image.upper().map(|archive| Some(Until(archive?, until))),
+            image.upper().map(|archive| Until(archive, until)),
             upper.as_ref(),
             Existing::Refuse,
             "the writable layer of its root (an overlay's upperdir)",
         )?;
         let made = put(
-            image.shm().map(|archive| Some(Until(archive?, until))),
+            image.shm().map(|archive| Until(archive, until)),
             shm.as_ref(),
             Existing::Replace,
             "a writable /dev/shm of the pod",
         )?;
-        Ok(shm.zip(made))
+        Ok((image.staged(), shm.zip(made)))
     })
     .await?;
     match staged {
-        Ok(shm) => {
+        Ok((image, shm)) => {
             fixed.staged().shm = shm;
-            Ok(())
+            Ok(image)
         }
         Err(_) if Instant::now() >= until => Err(late(fixed, "the image was not staged")),
         Err(reason) => Err(cannot(reason).into()),
@@ -202,12 +227,12 @@ async fn stage(
 
 /// Unpacks one archive of an image, if it has it; what that made.
 fn put(
-    archive: io::Result<Option<Until>>,
+    archive: Option<Until>,
     into: Option<&PathBuf>,
     existing: Existing,
     what: &str,
 ) -> Result<Option<Made>, String> {
-    let Some(archive) = archive.map_err(|e| format!("reading the image: {e}"))? else {
+    let Some(archive) = archive else {
         return Ok(None);
     };
     let into = into.ok_or_else(|| {
@@ -221,7 +246,7 @@ fn put(
 }
 
 /// An archive that cannot be read any more when its time is over.
-struct Until(File, Instant);
+struct Until(StreamReader, Instant);
 
 impl Read for Until {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    VerifiedImage,
+    StagedImage,
     pager::{Ended, Pager, PagerExit},
 };
 
@@ -36,11 +36,7 @@ pub(crate) struct Loading {
 }
 
 /// Starts the pager of a restore that is about to begin.
-pub(super) fn start(
-    fixed: &Fixed,
-    image: Arc<VerifiedImage>,
-    work: &Path,
-) -> Result<Loading, Error> {
+pub(super) fn start(fixed: &Fixed, image: Arc<StagedImage>, work: &Path) -> Result<Loading, Error> {
     let cannot = |reason: String| PhaseError::CannotRestore {
         id: fixed.id.clone(),
         reason,

@@ -67,7 +67,7 @@ proptest! {
         for step in steps {
             match step {
                 Step::Next(from, count) => {
-                    let next = missing.next(from * PAGE, count * PAGE);
+                    let next = missing.next(from * PAGE, count * PAGE, PAGE);
                     let expected = model.range(from * PAGE..).next().or(model.iter().next());
                     prop_assert_eq!(next.map(|piece| (piece.vaddr, piece.at)), expected.map(|(v, a)| (*v, *a)));
                     prop_assert!(next.is_none_or(|piece| piece.bytes <= count * PAGE));
@@ -145,4 +145,14 @@ fn the_images_say_what_is_missing() {
             "{refused}"
         );
     }
+}
+
+/// A step that begins in a chunk ends with one: otherwise each of its chunks would be read twice.
+#[test]
+fn a_step_ends_where_a_block_does() {
+    let missing = of(&[(3, 100, 0)]);
+    let step = |from: u64| missing.next(from * PAGE, 32 * PAGE, 16 * PAGE).unwrap();
+    assert_eq!((step(0).vaddr, step(0).end()), (3 * PAGE, 32 * PAGE));
+    assert_eq!((step(32).vaddr, step(32).end()), (32 * PAGE, 64 * PAGE));
+    assert_eq!((step(96).vaddr, step(96).end()), (96 * PAGE, 103 * PAGE));
 }

@@ -1,0 +1,263 @@
+//! Chunks on their way out: none leaves that was not compared with its digest.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use super::{
+    CHUNK, ChunkError, Cipher, Index, Key, Part, Stream,
+    cipher::Addresses,
+    codec::{Encoding, decode},
+    index::Chunk,
+};
+use crate::{image::open_regular, manifest::PackEntry, parallel::in_parallel};
+
+/// The chunks of one image.
+#[derive(Debug)]
+pub struct Chunks {
+    packs: Vec<Pack>,
+    addresses: Addresses,
+    rows: Vec<Chunk>,
+    streams: BTreeMap<String, Parts>,
+}
+
+#[derive(Debug)]
+struct Pack {
+    path: PathBuf,
+    file: File,
+    cipher: Option<Cipher>,
+}
+
+/// A stream, with the offset at which each part ends.
+#[derive(Debug, Default)]
+struct Parts {
+    parts: Vec<Part>,
+    ends: Vec<u64>,
+}
+
+impl Chunks {
+    /// Opens the packs that lie in `dir`.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn open(
+        dir: &Path,
+        packs: &[PackEntry],
+        index: Index,
+        key: Option<&Key>,
+    ) -> Result<Self, ChunkError> {
+        let open = |entry: &PackEntry| -> Result<Pack, ChunkError> {
+            let path = dir.join(entry.id.file());
+            let file = open_regular(&path).map_err(ChunkError::io("read", &path))?;
+            let cipher = key.and_then(|key| Cipher::of(key, entry.id));
+            Ok(Pack { path, file, cipher })
+        };
+        let Index { chunks, streams } = index;
+        let streams = streams.into_iter().map(|Stream { name, parts }| {
+            let ends = parts.iter().scan(0, |end, part| {
+                *end += part.bytes(&chunks);
+                Some(*end)
+            });
+            let ends = ends.collect();
+            (name, Parts { parts, ends })
+        });
+        Ok(Self {
+            streams: streams.collect(),
+            packs: packs.iter().map(open).collect::<Result<_, _>>()?,
+            addresses: Addresses::of(key),
+            rows: chunks,
+        })
+    }
+
+    /// The names of the streams with their bytes, sorted.
+    pub fn streams(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.streams
+            .iter()
+            .map(|(name, parts)| (name.as_str(), parts.bytes()))
+    }
+
+    /// Bytes of one of them.
+    pub fn bytes_of(&self, name: &str) -> Option<u64> {
+        self.streams.get(name).map(Parts::bytes)
+    }
+
+    /// Bytes of one of them that lie in chunks between two offsets: what reading that part would write.
+    pub fn data_in(&self, name: &str, from: u64, to: u64) -> u64 {
+        let Some(stream) = self.streams.get(name) else {
+            return 0;
+        };
+        let first = stream.ends.partition_point(|end| *end <= from);
+        let mut begin = first.checked_sub(1).map_or(0, |before| stream.ends[before]);
+        let mut data = 0;
+        for (part, end) in stream.parts.iter().zip(&stream.ends).skip(first) {
+            if begin >= to {
+                break;
+            }
+            if matches!(part, Part::Chunk(_)) {
+                data += to.min(*end) - from.max(begin);
+            }
+            begin = *end;
+        }
+        data
+    }
+
+    /// One of them, to be read; none where there is no such stream.
+    pub fn stream(self: &Arc<Self>, name: &str) -> Option<StreamReader> {
+        self.streams.contains_key(name).then(|| StreamReader {
+            chunks: Arc::clone(self),
+            name: name.to_owned(),
+            at: 0,
+            buffer: Vec::new(),
+            taken: 0,
+        })
+    }
+
+    /// Fills `into` with what stream `name` has from `at`, and says whether any of that is more than zeros. What
+    /// lies behind its end, or in no stream, is [`io::ErrorKind::UnexpectedEof`].
+    ///
+    /// # Errors
+    /// [`ChunkError::Damaged`] when a byte of it is not what was sealed.
+    pub fn read_at(&self, name: &str, mut at: u64, into: &mut [u8]) -> Result<bool, ChunkError> {
+        let stream = self.streams.get(name);
+        let end = at.checked_add(into.len() as u64);
+        let Some(stream) = stream.filter(|stream| end.is_some_and(|end| end <= stream.bytes()))
+        else {
+            return Err(ChunkError::io("read", Path::new(name))(
+                io::ErrorKind::UnexpectedEof.into(),
+            ));
+        };
+        let mut place = stream.ends.partition_point(|end| *end <= at);
+        let mut rest = into;
+        let mut any = false;
+        while !rest.is_empty() {
+            let end = stream.ends[place];
+            let begin = place.checked_sub(1).map_or(0, |before| stream.ends[before]);
+            let (head, tail) = rest.split_at_mut(rest.len().min((end - at) as usize));
+            any |= matches!(stream.parts[place], Part::Chunk(_));
+            match stream.parts[place] {
+                Part::Zeros(_) => head.fill(0),
+                Part::Chunk(row) if head.len() as u64 == end - begin => self.read(row, head)?,
+                Part::Chunk(row) => {
+                    let mut whole = [0; CHUNK];
+                    let whole = &mut whole[..(end - begin) as usize];
+                    self.read(row, whole)?;
+                    head.copy_from_slice(&whole[(at - begin) as usize..][..head.len()]);
+                }
+            }
+            at += head.len() as u64;
+            rest = tail;
+            place += 1;
+        }
+        Ok(any)
+    }
+
+    /// Reads every chunk once and compares it; adds the bytes that are done to `done`.
+    ///
+    /// # Errors
+    /// [`ChunkError::Damaged`] names the first that is not what was sealed.
+    pub fn verify(&self, done: &AtomicU64) -> Result<(), ChunkError> {
+        /// Rows that one thread takes at a time.
+        const BATCH: usize = 64;
+        let batches = self.rows.len().div_ceil(BATCH);
+        in_parallel(batches, |batch, buffer| -> Result<(), ChunkError> {
+            let last = self.rows.len().min((batch + 1) * BATCH);
+            for row in batch * BATCH..last {
+                let chunk = self.rows[row];
+                self.read(row as u32, &mut buffer[..chunk.plain as usize])?;
+                done.fetch_add(u64::from(chunk.stored), Ordering::Relaxed);
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Reads a whole chunk; `into` has its size.
+    fn read(&self, row: u32, into: &mut [u8]) -> Result<(), ChunkError> {
+        let chunk = &self.rows[row as usize];
+        let pack = &self.packs[usize::from(chunk.pack)];
+        let damaged = || ChunkError::Damaged {
+            path: pack.path.clone(),
+            offset: chunk.offset,
+        };
+        let read = |into: &mut [u8]| match pack.file.read_exact_at(into, chunk.offset) {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(damaged()),
+            read => read.map_err(ChunkError::io("read", &pack.path)),
+        };
+        if pack.cipher.is_none() && chunk.encoding == Encoding::Plain {
+            read(into)?;
+        } else {
+            // A chunk that is encrypted is a tag longer.
+            let mut stored = [0; CHUNK + super::cipher::TAG];
+            let stored = &mut stored[..chunk.stored as usize];
+            read(stored)?;
+            let opened = match &pack.cipher {
+                Some(cipher) => cipher.open(chunk.offset, stored).ok_or_else(damaged)?,
+                None => stored,
+            };
+            if !decode(chunk.encoding, opened, into) {
+                return Err(damaged());
+            }
+        }
+        if self.addresses.digest(into) != chunk.digest {
+            return Err(damaged());
+        }
+        Ok(())
+    }
+}
+
+impl Parts {
+    fn bytes(&self) -> u64 {
+        self.ends.last().copied().unwrap_or(0)
+    }
+}
+
+/// A stream, read from its beginning to its end.
+#[derive(Debug)]
+pub struct StreamReader {
+    chunks: Arc<Chunks>,
+    name: String,
+    at: u64,
+    /// What was read last, and how much of it was taken.
+    buffer: Vec<u8>,
+    taken: usize,
+}
+
+impl StreamReader {
+    /// Bytes of all of it.
+    pub fn bytes(&self) -> u64 {
+        self.chunks.streams[&self.name].bytes()
+    }
+}
+
+impl Read for StreamReader {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let parts = &self.chunks.streams[&self.name];
+        let left = parts.bytes() - self.at;
+        if left == 0 || into.is_empty() {
+            return Ok(0);
+        }
+        if self.taken == self.buffer.len() {
+            let place = parts.ends.partition_point(|end| *end <= self.at);
+            let most = (parts.ends[place] - self.at).min(CHUNK as u64) as usize;
+            self.buffer.resize(most, 0);
+            // After an error there is nothing to take, and the next read fails as this one.
+            self.taken = most;
+            self.chunks.read_at(&self.name, self.at, &mut self.buffer)?;
+            self.taken = 0;
+        }
+        let ready = &self.buffer[self.taken..];
+        let taken = into.len().min(ready.len());
+        into[..taken].copy_from_slice(&ready[..taken]);
+        self.taken += taken;
+        self.at += taken as u64;
+        Ok(taken)
+    }
+}
