@@ -14,13 +14,14 @@ CONTAINERD := github.com/containerd/containerd/v2@v2.1.9
 BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-build build node test test-unit test-suites test-machine test-dist soak parity lint demo bench dist dist-shim clean-cache
+.PHONY: help deps deps-build build node test test-unit test-suites test-machine test-dist fuzz soak parity lint demo bench dist dist-shim clean-cache
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  NODE_SUITE=trixie          a node with containerd 1.7 in place of 2.1"
 	@echo "  REKINDLE_RUNTIMES=go       the lifecycle and CRI suites on containerd's own shim only (or: rekindle)"
+	@echo "  FUZZ_SECONDS=60            how long make fuzz takes for each parser"
 	@echo "  REKINDLE_CACHE=DIR         where Debian roots and images are kept (/var/cache/rekindle-test)"
 
 # Installs those of the packages in $(1) that are missing.
@@ -67,6 +68,19 @@ test-suites: build ## the suites that need a real containerd (as root)
 
 test-dist: deps build dist-shim ## the lifecycle suite on the shim that make dist makes (as root)
 	REKINDLE_BIN_DIR="$(CURDIR)/dist" REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle
+
+# What it finds on its way stays below the fuzzer's own target/: the corpus is what make test-unit tries, and small.
+FUZZ_SECONDS ?= 60
+FUZZ := $(CARGO) +nightly fuzz
+
+fuzz: ## hostile bytes for each parser of checkpoint images (a nightly toolchain and cargo-fuzz; no root)
+	@if ! $(CARGO) +nightly --version >/dev/null 2>&1; then \
+	  echo "there is no nightly toolchain, which fuzzing needs; get it: rustup toolchain install nightly" >&2; exit 1; fi
+	@if ! $(FUZZ) --version >/dev/null 2>&1; then \
+	  echo "cargo fuzz is not installed; get it: cargo install --locked cargo-fuzz" >&2; exit 1; fi
+	@cd hooks/checkpoint && targets=$$($(FUZZ) list) && for target in $$targets; do \
+	  mkdir -p fuzz/target/found/$$target && $(FUZZ) run $$target fuzz/target/found/$$target fuzz/corpus/$$target -- \
+	    -max_len=4096 -timeout=20 -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; done
 
 soak: deps build ## 500 containers and 1,000 execs, beside which shims and containerd are killed (as root)
 	REKINDLE_SOAK=1 $(CARGO) test --workspace --test soak -- --nocapture

@@ -36,7 +36,7 @@ const MAX_BYTES: u64 = 1 << 40;
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     /// The file system refused.
-    #[error("cannot {doing} {}", path.display())]
+    #[error("cannot {doing} {path:?}")]
     Io {
         /// "read", "make".
         doing: &'static str,
@@ -46,7 +46,7 @@ pub enum ArchiveError {
         source: io::Error,
     },
     /// The archive is not one of ours.
-    #[error("the archive is malformed or cut short at {}", path.display())]
+    #[error("the archive is malformed or cut short at {path:?}")]
     Malformed {
         /// The last name that was seen.
         path: PathBuf,
@@ -80,7 +80,7 @@ pub enum ArchiveError {
         name: String,
     },
     /// Too deep.
-    #[error("{} is more than {MAX_DEPTH} folders deep", .0.display())]
+    #[error("{0:?} is more than {MAX_DEPTH} folders deep")]
     TooDeep(PathBuf),
     /// More bytes than are ever unpacked.
     #[error("the files of the archive claim {claimed} bytes, and at most {max} are accepted")]
@@ -91,7 +91,9 @@ pub enum ArchiveError {
         max: u64,
     },
     /// A file whose data is still in a lower layer.
-    #[error("{} is a copy of metadata only (overlay's metacopy): mount the overlay with metacopy=off", .0.display())]
+    #[error(
+        "{0:?} is a copy of metadata only (overlay's metacopy): mount the overlay with metacopy=off"
+    )]
     Metacopy(PathBuf),
 }
 

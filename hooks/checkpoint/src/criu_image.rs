@@ -192,29 +192,41 @@ impl<R: Read> Pagemap<R> {
         };
         let (mut vaddr, mut compat, mut pages) = (None, None, None);
         let (mut parent, mut flags, mut flags_at) = (false, None, None);
-        wire::fields(&bytes, |field, (offset, length)| match field.number {
-            1 => vaddr = field.value,
-            2 => compat = field.value,
-            3 => parent = field.value == Some(1),
-            4 => {
-                flags = field.value;
-                flags_at = (length == 1).then_some(at + offset as u64);
+        let mut numbers = true;
+        wire::fields(&bytes, |field, (offset, length)| {
+            match field.number {
+                1 => vaddr = field.value,
+                2 => compat = field.value,
+                3 => parent = field.value.is_some_and(|value| value != 0),
+                4 => {
+                    flags = field.value;
+                    flags_at = (length == 1).then_some(at + offset as u64);
+                }
+                5 => pages = field.value,
+                _ => return,
             }
-            5 => pages = field.value,
-            _ => {}
+            numbers &= field.value.is_some();
         })
         .map_err(|what| self.records.malformed(what))?;
+        // Not as if it were absent: an empty text for the flags would have its length changed in their place.
+        if !numbers {
+            return Err(self
+                .records
+                .malformed("a run has something else where a number belongs"));
+        }
         let (Some(vaddr), Some(compat)) = (vaddr, compat) else {
             return Err(self
                 .records
                 .malformed("a run has no address or no page count"));
         };
         let pages = pages.unwrap_or(compat);
-        // Images of CRIU before 3.0 have no flags: what is not in the parent is present.
-        let flags =
-            flags
-                .map(|flags| flags as u32)
-                .unwrap_or(if parent { PE_PARENT } else { PE_PRESENT });
+        // Images of CRIU before 3.0 have no flags: what is not in the parent is present. And the older field counts
+        // for CRIU also where there are flags (`init_compat_pagemap_entry`).
+        let (absent, parent) = match parent {
+            true => (0, PE_PARENT),
+            false => (PE_PRESENT, 0),
+        };
+        let flags = flags.map_or(absent, |flags| flags as u32) | parent;
         // No address space of Linux reaches 2^57 (x86 with five levels), so sums stay far from 2^64.
         let end = pages
             .checked_mul(self.page_size)

@@ -432,9 +432,10 @@ pub(crate) fn is_image_path(path: &str) -> bool {
         && ![MANIFEST_FILE, MANIFEST_DIGEST_FILE, CRIU_DIR].contains(&path)
 }
 
-/// Enough of a hostile text for a message.
+/// Enough of a hostile text for a message, with nothing in it that a terminal would obey.
 pub(crate) fn shorten(text: &str) -> String {
-    text.chars().take(120).collect()
+    let plain = |c: char| if c.is_control() { '?' } else { c };
+    text.chars().take(120).map(plain).collect()
 }
 
 #[cfg(test)]

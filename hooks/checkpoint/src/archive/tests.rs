@@ -226,11 +226,11 @@ fn a_hostile_archive_is_refused_and_leaves_nothing() {
         (&[(Regular, "", "", 0)], "not a plain path"),
         (
             &[(Symlink, "out", "/tmp", 0), (Regular, "out/climbed", "", 0)],
-            "cannot open out",
+            "cannot open \"out\"",
         ),
         (
             &[(Symlink, "out", "..", 0), (Directory, "out/climbed", "", 0)],
-            "cannot open out",
+            "cannot open \"out\"",
         ),
         (
             &[(Symlink, "out", "/etc/passwd", 0), (Regular, "out", "", 0)],
@@ -250,7 +250,7 @@ fn a_hostile_archive_is_refused_and_leaves_nothing() {
                 (Symlink, "out", "/etc", 0),
                 (Link, "passwd", "out/passwd", 0),
             ],
-            "cannot open out",
+            "cannot open \"out\"",
         ),
         (
             &[(Symlink, "out", "/etc/passwd", 0), (Link, "hard", "out", 0)],

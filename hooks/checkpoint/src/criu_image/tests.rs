@@ -156,6 +156,39 @@ fn what_no_process_could_have_is_refused() {
     }
 }
 
+/// CRIU looks for such a page in a parent image, whatever the flags beside it say.
+#[test]
+fn a_run_in_the_parent_is_one_whatever_its_flags() {
+    use records::{Number, message};
+    for flags in [None, Some(u64::from(PE_PRESENT))] {
+        for in_parent in [1, 2] {
+            let mut run = vec![(1, Number(0x1000)), (2, Number(1)), (3, Number(in_parent))];
+            run.extend(flags.map(|flags| (4, Number(flags))));
+            let head = message(&[(1, Number(1))]);
+            let found = read(&records::image(PAGEMAP_MAGIC, &[head, message(&run)])).unwrap();
+            assert_eq!(
+                found[0].flags & PE_PARENT,
+                PE_PARENT,
+                "{flags:?} {in_parent}"
+            );
+        }
+    }
+}
+
+/// Found by fuzzing: what is no number was taken for absent, and flags that are an empty text were to be changed in
+/// place where the length of that text is.
+#[test]
+fn a_run_of_something_else_than_numbers_is_refused() {
+    use records::{Number, Text, message};
+    let run = [(1, Number(0x1000)), (2, Number(1))];
+    for number in 1..=5 {
+        let run = message(&[&run[..], &[(number, Text(b""))]].concat());
+        let image = records::image(PAGEMAP_MAGIC, &[message(&[(1, Number(1))]), run]);
+        let sentence = read(&image).unwrap_err().to_string();
+        assert!(sentence.contains("where a number belongs"), "{sentence}");
+    }
+}
+
 #[test]
 fn a_folder_that_claims_a_billion_pages_is_refused() {
     let dir = tempfile::tempdir().unwrap();
