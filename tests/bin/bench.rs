@@ -15,16 +15,21 @@ mod report;
 mod shim;
 #[path = "bench/starts.rs"]
 mod starts;
+#[path = "bench/steps.rs"]
+mod steps;
+#[path = "bench/stop.rs"]
+mod stop;
 
 use anyhow::{Context, Result, bail};
 use std::io::Write;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-Usage: bench [shim] [starts] [format] [--pairs N] [--json]
+Usage: bench [shim] [starts] [stop] [format] [--pairs N] [--json]
 
   shim       ours against the one that containerd ships: run, exec, memory
   starts     warm starts of a model server against cold ones
+  stop       how long a process of 2 GiB stands still while it is checkpointed
   format     digests, chunks and generations of images, without a node
              (without any of these: all)
   --pairs N  measure N pairs, one after the other [default: 15]
@@ -35,6 +40,7 @@ Usage: bench [shim] [starts] [format] [--pairs N] [--json]
 struct Args {
     shim: bool,
     starts: bool,
+    stop: bool,
     format: bool,
     pairs: usize,
     json: bool,
@@ -45,6 +51,7 @@ impl Args {
         let mut args = Args {
             shim: false,
             starts: false,
+            stop: false,
             format: false,
             pairs: 15,
             json: false,
@@ -53,6 +60,7 @@ impl Args {
             match word.as_str() {
                 "shim" => args.shim = true,
                 "starts" => args.starts = true,
+                "stop" => args.stop = true,
                 "format" => args.format = true,
                 "--json" => args.json = true,
                 "--pairs" => {
@@ -67,8 +75,8 @@ impl Args {
                 other => bail!("{other:?} is not understood\n\n{USAGE}"),
             }
         }
-        if !args.shim && !args.starts && !args.format {
-            (args.shim, args.starts, args.format) = (true, true, true);
+        if !(args.shim || args.starts || args.stop || args.format) {
+            (args.shim, args.starts, args.stop, args.format) = (true, true, true, true);
         }
         Ok(Some(args))
     }
@@ -80,6 +88,9 @@ async fn measure(args: &Args) -> Result<()> {
     }
     if args.starts {
         report::starts(&starts::measure(args.pairs).await?, args.json)?;
+    }
+    if args.stop {
+        report::stop(&stop::measure(args.pairs).await?, args.json)?;
     }
     if args.format {
         report::format(&format::measure(args.pairs)?, args.json)?;

@@ -33,11 +33,19 @@ async fn step<T>(
 ) -> Result<T, Error> {
     let began = Instant::now();
     let result = work.await;
-    let ms = began.elapsed().as_millis();
     match &result {
-        Ok(_) => tracing::debug!(id, step = ?name, ms, "done"),
+        Ok(_) => done(id, name, began),
         // Not logged as an error: it is returned, and whoever answers the call reports it.
-        Err(_) => tracing::debug!(id, step = ?name, ms, "failed"),
+        Err(_) => {
+            let ms = began.elapsed().as_millis();
+            tracing::debug!(id, step = ?name, ms, "failed");
+        }
     }
     result
+}
+
+/// Tells how long a step took, or a part of one.
+fn done(id: &str, name: impl Debug, began: Instant) {
+    let ms = began.elapsed().as_millis();
+    tracing::debug!(id, step = ?name, ms, "done");
 }

@@ -6,6 +6,8 @@ mod format;
 mod shims;
 #[path = "report/starts.rs"]
 mod starts;
+#[path = "report/stop.rs"]
+mod stop;
 
 use crate::figures::Series;
 use crate::machine::Machine;
@@ -39,6 +41,14 @@ pub(crate) fn shims(compared: &Compared, json: bool) -> Result<()> {
     }
 }
 
+pub(crate) fn stop(measured: &crate::stop::Measured, json: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match json {
+        true => Ok(writeln!(out, "{}", stop::json(measured))?),
+        false => stop::tables(&mut out, measured),
+    }
+}
+
 pub(crate) fn format(measured: &crate::format::Measured, json: bool) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match json {
@@ -66,13 +76,13 @@ fn heading(out: &mut StdoutLock<'_>, machine: &Machine) -> Result<()> {
 fn rows(out: &mut StdoutLock<'_>, rows: &[(&str, Series, usize)]) -> Result<()> {
     writeln!(
         out,
-        "{:<24}{:>10}{:>10}{:>10}{:>8}",
+        "{:<28}{:>10}{:>10}{:>10}{:>8}",
         "", "median", "min", "max", "IQR"
     )?;
     for (name, series, digits) in rows {
         writeln!(
             out,
-            "{name:<24}{:>10.digits$}{:>10.digits$}{:>10.digits$}{:>7.0}%",
+            "{name:<28}{:>10.digits$}{:>10.digits$}{:>10.digits$}{:>7.0}%",
             series.median(),
             series.min(),
             series.max(),

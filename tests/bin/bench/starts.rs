@@ -1,13 +1,13 @@
 //! The measurement: cold and warm starts of one model server in turn, so that whatever else the machine does meets both.
 
 use crate::machine::{self, Machine};
+use crate::steps::steps;
 use anyhow::{Context, Result, ensure};
 use rekindle_harness::model::{self, Embedding};
 use rekindle_harness::progress::Progress;
 use rekindle_harness::s3::S3Server;
 use rekindle_harness::{Image, Node};
 use serde_json::Value;
-use std::fs;
 use std::time::Instant;
 
 const WARM_IMAGE: &str = "bench";
@@ -132,20 +132,4 @@ async fn start(
         steps: steps(node, id)?,
     };
     Ok((start, answer))
-}
-
-/// The `id="…" step="…" ms=…` lines of a container in the log, in their order.
-fn steps(node: &Node, id: &str) -> Result<Vec<(String, f64)>> {
-    let log = fs::read_to_string(node.path("/var/log/containerd.log"))?;
-    let quoted = |line: &str, name: &str| -> Option<String> {
-        let (_, rest) = line.split_once(&format!(" {name}=\""))?;
-        Some(rest.split_once('"')?.0.to_owned())
-    };
-    let step = |line: &str| {
-        let step =
-            quoted(line, "step").filter(|_| quoted(line, "id").is_some_and(|of| of == id))?;
-        let ms = line.split_once(" ms=")?.1.split(' ').next()?;
-        Some((step, ms.parse().ok()?))
-    };
-    Ok(log.lines().filter_map(step).collect())
 }

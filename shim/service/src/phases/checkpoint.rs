@@ -13,7 +13,7 @@ use rekindle_checkpoint::{
     plain,
 };
 
-use super::{PhaseError, step};
+use super::{PhaseError, done, step};
 use crate::{
     bundle::{self, Spec},
     context::Fixed,

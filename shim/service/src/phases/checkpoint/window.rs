@@ -23,7 +23,7 @@ use rekindle_checkpoint::{
 };
 use tokio::net::unix::pipe;
 
-use super::{CLOSING, PhaseError};
+use super::{CLOSING, PhaseError, done};
 use crate::{
     bundle::Spec,
     context::Fixed,
@@ -110,7 +110,9 @@ pub(super) async fn dump(
             return Err(cannot("CRIU ended without waiting for its pages to be taken".to_owned()).into());
         }
     }
+    done(&fixed.id, "dump: until the window opens", began);
     let from = Sources {
+        id: fixed.id.clone(),
         init: pid,
         upper: fixed.rootfs.upper_layer(),
         // Only what the sandbox lends: a tmpfs of the container's own is in CRIU's images.
@@ -144,7 +146,9 @@ pub(super) async fn dump(
         }
     };
     // The dump has to be over, well or not, before anything is said of the tasks.
+    let closed = Instant::now();
     let ended = ended.await;
+    done(&fixed.id, "dump: its end", closed);
     let (partial, tasks) = copied
         .map_err(|reason: String| match &ended {
             // When CRIU failed first, the reason is in its log.
@@ -186,6 +190,7 @@ async fn window_opens(status: OwnedFd) -> Result<bool, Error> {
 
 /// What is copied while the tasks stand still.
 struct Sources {
+    id: String,
     init: i32,
     upper: Option<PathBuf>,
     shm: bool,
@@ -199,6 +204,7 @@ impl Sources {
         let words = |e: &dyn std::error::Error| sentence(e);
         let criu = partial.criu_dir();
         let mounts = || self.mounts.iter().map(String::as_str);
+        let began = Instant::now();
         let tasks = Tasks::below(self.init).map_err(|e| words(&e))?;
         let deleted = DeletedFiles::find(&criu, &tasks).map_err(|e| words(&e))?;
         let travelling: Vec<&str> = self.tmpfs.iter().map(String::as_str).chain([SHM]).collect();
@@ -207,7 +213,11 @@ impl Sources {
             .map_err(|e| words(&e))?;
         let memory = pages::lazy_bytes(&criu).map_err(|e| words(&e))?;
         partial.require_space(memory).map_err(|e| words(&e))?;
+        done(&self.id, "dump: what there is", began);
+        let began = Instant::now();
         pages::take_pages(&criu, &tasks, partial.chunks()).map_err(|e| words(&e))?;
+        done(&self.id, "dump: pages", began);
+        let began = Instant::now();
         if let Some(upper) = &self.upper {
             let folder = open_dir(upper)
                 .map_err(|e| format!("cannot open the upper layer {}: {e}", upper.display()))?;
@@ -231,6 +241,7 @@ impl Sources {
                 Err(e) => return Err(format!("cannot open the container's {SHM}: {e}")),
             }
         }
+        done(&self.id, "dump: layers", began);
         Ok(tasks)
     }
 }
