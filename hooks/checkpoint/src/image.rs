@@ -25,11 +25,14 @@ use crate::{
     manifest::{ManifestError, shorten},
 };
 
+mod folder;
+mod laid_out;
 mod partial;
 mod store;
 mod verify;
 
-pub use partial::{Order, Partial, Request, Scratch};
+pub use folder::Scratch;
+pub use partial::{Order, Partial, Request};
 pub(crate) use store::open_regular;
 pub use store::{ImageStore, Listed, SealedImage};
 pub use verify::{StagedImage, VerifiedImage};

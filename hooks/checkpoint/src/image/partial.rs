@@ -3,9 +3,8 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::{DirBuilderExt, FileTypeExt as _},
+    os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
-    process,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -13,7 +12,12 @@ use rekindle_core::name::{ImageName, Namespace};
 use rekindle_store::{Lock, publish_dir, remove_tree, space, write_file};
 use serde::{Deserialize, Serialize};
 
-use super::{Damage, ImageError, ImageStore, SealedImage, reference, store::share};
+use super::{
+    Damage, ImageError, ImageStore, SealedImage,
+    folder::{Folder, lock_path, new_dir, new_id, remove_unless_leased},
+    reference,
+    store::share,
+};
 use crate::{
     chunks::{ChunkWriter, Compression, Digest, Key, PackId},
     manifest::{
@@ -103,26 +107,13 @@ pub struct Order {
     request: RequestFile,
 }
 
-/// The partial folder, removed when this is dropped, unless it was published.
-#[derive(Debug)]
-struct Folder {
-    store: ImageStore,
-    id: String,
-    dir: PathBuf,
-    lease: Option<Lock>,
-    published: bool,
-}
-
 impl Order {
     pub(super) fn open(store: &ImageStore, id: &str) -> Result<Self, ImageError> {
-        let lock = lock_path(store, id);
-        let lease = share(&lock)?;
-        let dir = store.partial_dir().join(id);
-        let path = dir.join(REQUEST_FILE);
+        let path = store.partial_dir().join(id).join(REQUEST_FILE);
         let refuse = |e: &dyn std::fmt::Display| ImageError::request(&path, e);
-        if lease.is_none() {
+        let Some(folder) = Folder::hold(store, id)? else {
             return Err(refuse(&"it is being removed"));
-        }
+        };
         let mut file = File::open(&path).map_err(ImageError::io("read", &path))?;
         let bytes = read_bounded(&path, &mut file).map_err(|e| refuse(&e))?;
         let format = declared_format(&path, &bytes).map_err(|e| refuse(&e))?;
@@ -132,16 +123,7 @@ impl Order {
             )));
         }
         let request: RequestFile = parse_json(&path, &bytes).map_err(|e| refuse(&e))?;
-        Ok(Self {
-            folder: Folder {
-                store: store.clone(),
-                id: id.to_owned(),
-                dir,
-                lease,
-                published: false,
-            },
-            request,
-        })
+        Ok(Self { folder, request })
     }
 
     /// The namespace that the image will be in. Whoever makes it compares it with the container's own.
@@ -367,82 +349,4 @@ impl Partial {
             blake3: Digest(*hasher.finalize().as_bytes()),
         }))
     }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if !self.published {
-            // Errors leave it to the next sweep.
-            let _ = remove_tree(&self.dir);
-        }
-        drop(self.lease.take());
-        let _ = remove_unless_leased(&self.store, &self.id);
-    }
-}
-
-/// A folder below the store's, removed when this is dropped, or swept after a crash.
-#[derive(Debug)]
-pub struct Scratch(Folder);
-
-impl Scratch {
-    pub(super) fn new(store: &ImageStore) -> Result<Self, ImageError> {
-        let id = format!("scratch-{}", new_id());
-        let folder = Folder {
-            lease: share(&lock_path(store, &id))?,
-            dir: store.partial_dir().join(&id),
-            store: store.clone(),
-            id,
-            published: false,
-        };
-        new_dir(&folder.dir)?;
-        Ok(Self(folder))
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.0.dir
-    }
-}
-
-/// Of two processes, or of one at two times, never the same.
-fn new_id() -> String {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    format!("{:x}-{:x}", now.as_nanos(), process::id())
-}
-
-fn lock_path(store: &ImageStore, id: &str) -> PathBuf {
-    store.partial_dir().join(format!("{id}.lock"))
-}
-
-/// Removes a partial folder that nobody holds. Says whether there was one to remove.
-pub(super) fn remove_unless_leased(store: &ImageStore, id: &str) -> Result<bool, ImageError> {
-    let path = lock_path(store, id);
-    let Some(_alone) = Lock::try_acquire(&path)? else {
-        return Ok(false);
-    };
-    let dir = store.partial_dir().join(id);
-    let was_there = dir.symlink_metadata().is_ok();
-    remove_tree(&dir)?;
-    match fs::remove_file(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(ImageError::io("remove", &path)(e)),
-        _ => Ok(was_there),
-    }
-}
-
-pub(super) fn new_dir(path: &Path) -> Result<(), ImageError> {
-    fs::DirBuilder::new()
-        .mode(0o700)
-        .recursive(true)
-        .create(path)
-        .map_err(ImageError::io("make", path))
-}
-
-/// The id of the partial folder that `path` is, if it is one of this store's.
-pub(super) fn partial_id(store: &ImageStore, path: &Path) -> Option<String> {
-    let id = path.file_name()?.to_str()?;
-    let parent = fs::canonicalize(path.parent()?).ok()?;
-    let ours = fs::canonicalize(store.partial_dir()).ok()?;
-    (parent == ours && is_image_path(id) && !id.ends_with(".lock")).then(|| id.to_owned())
 }

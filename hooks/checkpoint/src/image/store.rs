@@ -11,7 +11,7 @@ use rekindle_store::{Lock, StoreError, remove_tree, write_file};
 
 use super::{
     ImageError, Order, Request,
-    partial::{Scratch, new_dir, partial_id, remove_unless_leased},
+    folder::{Scratch, new_dir, partial_id, remove_unless_leased},
     reference,
 };
 use crate::{

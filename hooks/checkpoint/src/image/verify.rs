@@ -11,30 +11,28 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs,
     io::{self, Read, Write},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicU64},
 };
 
-use rekindle_store::{Lock, remove_tree, space};
+use rekindle_store::Lock;
 
 use super::{
-    Damage, ImageError, ImageStore, Scratch, SealedImage, partial::new_dir, store::open_regular,
+    Damage, ImageError, ImageStore, SealedImage,
+    laid_out::{BUFFER, LaidOut},
+    store::open_regular,
 };
 use crate::{
     chunks::{ChunkError, Chunks, Digest, Index, Key, MAX_INDEX, StreamReader},
-    criu_image::{CriuImageError, Pagemap, Run, Task, check_folder, credentials, pages_file},
+    criu_image::{Task, check_folder, credentials},
     manifest::{
         CRIU_DIR, Encryption, FileEntry, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Manifest,
-        SHM_FILE, UPPER_FILE, criu_path,
+        SHM_FILE, UPPER_FILE,
     },
-    pages::{PagesError, pagemaps},
 };
-
-/// Bytes copied at a time.
-const BUFFER: usize = 128 << 10;
 
 /// An image that is what was sealed, leased as long as this lives: CRIU's files in a folder of their own, and the
 /// chunks, each of which is compared when it is read.
@@ -53,32 +51,6 @@ pub struct StagedImage {
     reference: String,
     laid_out: LaidOut,
     _lease: Lock,
-}
-
-/// The folder that CRIU restores from.
-#[derive(Debug)]
-enum LaidOut {
-    At(PathBuf),
-    /// On the store's disk, where all pages have to be in it.
-    InStore(Scratch),
-}
-
-impl LaidOut {
-    fn path(&self) -> &Path {
-        match self {
-            Self::At(path) => path,
-            Self::InStore(scratch) => scratch.path(),
-        }
-    }
-}
-
-impl Drop for LaidOut {
-    fn drop(&mut self) {
-        if let Self::At(path) = self {
-            // What is left is removed with the folder that it is in.
-            let _ = remove_tree(path);
-        }
-    }
 }
 
 impl StagedImage {
@@ -147,14 +119,10 @@ impl VerifiedImage {
     /// What the file system says, or which pack is damaged.
     pub fn load_eagerly(&mut self, store: &ImageStore) -> Result<(), ImageError> {
         if self.manifest.encryption.is_none() {
-            let scratch = store.scratch()?;
-            for entry in list(self.criu_dir())? {
-                let to = scratch.path().join(entry.file_name().unwrap_or_default());
-                fs::copy(&entry, &to).map_err(ImageError::io("copy", &entry))?;
-            }
-            self.image.laid_out = LaidOut::InStore(scratch);
+            self.image.laid_out = self.laid_out.copied_to(store)?;
         }
-        lay_out_pages(&self.reference, &self.chunks, self.criu_dir(), |_| true)
+        self.laid_out
+            .lay_out_pages(&self.reference, &self.chunks, |_| true)
     }
 
     /// Reads all chunks and compares them; adds the bytes that are done to `done`, up to
@@ -167,7 +135,7 @@ impl VerifiedImage {
     }
 }
 
-fn refused(image: &str) -> impl Fn(ChunkError) -> ImageError + '_ {
+pub(super) fn refused(image: &str) -> impl Fn(ChunkError) -> ImageError + '_ {
     |source| ImageError::Chunks {
         image: image.to_owned(),
         source,
@@ -190,11 +158,10 @@ impl SealedImage {
     /// [`ImageError::Damaged`] names the first file that is not what it was; [`ImageError::Criu`].
     pub fn verify(self, into: &Path, key: Option<&Key>) -> Result<VerifiedImage, ImageError> {
         let chunks = Arc::new(self.chunks(key)?);
-        new_dir(into)?;
-        let laid_out = LaidOut::At(into.to_owned());
+        let laid_out = LaidOut::at(into)?;
         for entry in &self.manifest.files {
             if entry.path != INDEX_FILE {
-                self.lay_out(entry, into)?;
+                self.lay_out(entry, &laid_out)?;
             }
         }
         let reference = self.reference();
@@ -202,20 +169,19 @@ impl SealedImage {
             let file = name
                 .strip_prefix(CRIU_DIR)
                 .and_then(|name| name.strip_prefix('/'));
-            let Some(file) = file.filter(|file| !is_pages(file)) else {
+            let Some(file) = file.filter(|file| !file.starts_with("pages-")) else {
                 continue;
             };
             // Of whoever has no key, nothing is believed that could be written for ever.
             if key.is_none() {
                 return Err(self.damaged(name, Damage::Extra));
             }
-            let mut stream = chunks.stream(name).into_iter();
-            let mut out = create(&into.join(file))?;
-            let copied =
-                stream.try_for_each(|mut stream| io::copy(&mut stream, &mut out).map(drop));
-            copied.map_err(ImageError::io("lay out", &into.join(file)))?;
+            let (mut out, path) = laid_out.create(file)?;
+            if let Some(mut stream) = chunks.stream(name) {
+                io::copy(&mut stream, &mut out).map_err(ImageError::io("lay out", &path))?;
+            }
         }
-        lay_out_pages(&reference, &chunks, into, |run| !run.lazy())?;
+        laid_out.lay_out_pages(&reference, &chunks, |run| !run.lazy())?;
         check_folder(into).map_err(|source| ImageError::Criu {
             image: reference.clone(),
             source,
@@ -291,11 +257,11 @@ impl SealedImage {
     }
 
     /// Copies a file of CRIU's, comparing it on its way: what CRIU reads later is what was compared.
-    fn lay_out(&self, entry: &FileEntry, into: &Path) -> Result<(), ImageError> {
+    fn lay_out(&self, entry: &FileEntry, into: &LaidOut) -> Result<(), ImageError> {
         let from = self.dir.join(&entry.path);
-        let to = into.join(from.file_name().unwrap_or_default());
+        let name = from.file_name().unwrap_or_default().to_string_lossy();
         let mut file = open_regular(&from).map_err(ImageError::io("read", &from))?;
-        let mut out = create(&to)?;
+        let (mut out, to) = into.create(&name)?;
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; BUFFER];
         let mut size = 0;
@@ -397,127 +363,4 @@ impl SealedImage {
         }
         Ok(())
     }
-}
-
-/// Makes the pages files of the pagemaps in `into`, with those runs in them that are wanted, and holes elsewhere.
-fn lay_out_pages(
-    image: &str,
-    chunks: &Arc<Chunks>,
-    into: &Path,
-    wanted: impl Fn(&Run) -> bool,
-) -> Result<(), ImageError> {
-    let criu = |source| ImageError::Criu {
-        image: image.to_owned(),
-        source,
-    };
-    let maps = pagemaps(into).map_err(|e| match e {
-        PagesError::File { path, source, .. } => ImageError::io("read", &path)(source),
-        other => ImageError::io("read", into)(io::Error::other(other)),
-    })?;
-    let mut all = Vec::new();
-    for (path, _) in maps {
-        all.extend(Pages::of(&path, chunks, &wanted).map_err(criu)?);
-    }
-    // A small index can claim more than there is anywhere.
-    let bytes = all.iter().flat_map(|pages| &pages.runs).map(|run| run.data);
-    space::require(into, bytes.fold(0, u64::saturating_add))?;
-    let mut buffer = vec![0; BUFFER];
-    for pages in all {
-        let path = into.join(&pages.file);
-        let file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(ImageError::io("make", &path))?;
-        file.set_len(pages.bytes)
-            .map_err(ImageError::io("make", &path))?;
-        for Wanted { mut at, end, .. } in pages.runs {
-            while at < end {
-                let part = &mut buffer[..(end - at).min(BUFFER as u64) as usize];
-                let any = chunks
-                    .read_at(&pages.name, at, part)
-                    .map_err(refused(image))?;
-                if any {
-                    file.write_all_at(part, at)
-                        .map_err(ImageError::io("write", &path))?;
-                }
-                at += part.len() as u64;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// A pages file that is to be made.
-struct Pages {
-    file: String,
-    /// Of its stream.
-    name: String,
-    bytes: u64,
-    runs: Vec<Wanted>,
-}
-
-/// A part of it that has to be there, and how much of that is more than zeros.
-struct Wanted {
-    at: u64,
-    end: u64,
-    data: u64,
-}
-
-impl Pages {
-    /// Those of one pagemap; none where the image has no such stream. What a pagemap claims and the stream does not
-    /// have is told by who compares the two.
-    fn of(
-        map: &Path,
-        chunks: &Chunks,
-        wanted: impl Fn(&Run) -> bool,
-    ) -> Result<Option<Self>, CriuImageError> {
-        let page_size = rustix::param::page_size() as u64;
-        let mut map = Pagemap::open(map)?;
-        let file = pages_file(map.pages_id);
-        let name = criu_path(Path::new(&file));
-        let Some(bytes) = chunks.bytes_of(&name) else {
-            return Ok(None);
-        };
-        let mut at = 0_u64;
-        let mut runs = Vec::new();
-        while let Some(run) = map.next_run()? {
-            if !run.present() {
-                continue;
-            }
-            let end = at.saturating_add(run.bytes(page_size)).min(bytes);
-            if wanted(&run) && at < end {
-                let data = chunks.data_in(&name, at, end);
-                runs.push(Wanted { at, end, data });
-            }
-            at = end;
-        }
-        Ok(Some(Self {
-            file,
-            name,
-            bytes,
-            runs,
-        }))
-    }
-}
-
-fn is_pages(file: &str) -> bool {
-    file.starts_with("pages-")
-}
-
-fn create(path: &Path) -> Result<File, ImageError> {
-    File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(ImageError::io("make", path))
-}
-
-fn list(dir: &Path) -> Result<Vec<PathBuf>, ImageError> {
-    let entries = fs::read_dir(dir).map_err(ImageError::io("list", dir))?;
-    let paths = entries.map(|entry| Ok(entry.map_err(ImageError::io("list", dir))?.path()));
-    paths.collect()
 }
