@@ -34,7 +34,8 @@ pub(crate) fn named(
     config.key_named(id, namespace).map(read).transpose()
 }
 
-fn read(key: &ImageKey) -> anyhow::Result<Key> {
+/// Reads a key, or asks for it.
+pub(crate) fn read(key: &ImageKey) -> anyhow::Result<Key> {
     if let Some(path) = &key.file {
         return Ok(Key::read(&key.id, path)?);
     }

@@ -8,14 +8,14 @@ use std::{
 };
 
 use rekindle_core::{
-    config::{NodeConfig, Paging},
+    config::{ImageKey, NodeConfig, Paging},
     paths,
 };
 use rustix::fs::statvfs;
 use tokio::{process::Command, time::timeout};
 
 use super::{Check, DoctorArgs, cri};
-use crate::{containerd::Containerd, output};
+use crate::{containerd::Containerd, keys, output};
 
 /// No program that is asked for its version needs longer, and `criu check` takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -42,6 +42,7 @@ pub(super) async fn all(args: &DoctorArgs, config: &NodeConfig) -> Vec<Check> {
     checks.push(store("datasets.root", &config.datasets.root));
     checks.push(store("images.root", &config.images.root));
     checks.push(sources(config));
+    checks.extend(config.images.keys.iter().map(image_key));
     checks.extend(gpu(Path::new("/dev")));
     checks
 }
@@ -262,6 +263,25 @@ fn sources(config: &NodeConfig) -> Check {
     }
 }
 
+/// A key that cannot be read is told by the first checkpoint otherwise, or by the restore that needs it.
+fn image_key(key: &ImageKey) -> Check {
+    const NAME: &str = "image key";
+    let (id, of) = (&key.id, key.namespaces.join(", "));
+    match keys::read(key) {
+        Ok(_) if of.is_empty() => Check::noted(
+            NAME,
+            format!("{id} is for no namespace"),
+            "name some: namespaces = [\"team-a\"]",
+        ),
+        Ok(_) => Check::passed(NAME, format!("{id} encrypts and opens images of {of}")),
+        Err(error) => Check::failed(
+            NAME,
+            format!("{id}: {error:#}"),
+            "until it can be read, images of its namespaces can be neither made nor opened",
+        ),
+    }
+}
+
 fn gpu(dev: &Path) -> Option<Check> {
     dev.join("nvidiactl").exists().then(|| {
         Check::noted(
@@ -303,6 +323,51 @@ mod tests {
         assert_eq!(state("Version: 4.2", "6.18.5-amd64"), State::Passed);
         let failed = Check::failed("criu", "Version: 4.0, 4.1 or newer is needed", "");
         assert_eq!(on_kernel(failed, "6.18.5").state, State::Failed);
+    }
+
+    #[test]
+    fn a_key_is_tried() {
+        let key = |command: &[&str], namespaces: &[&str]| ImageKey {
+            id: "a".to_owned(),
+            namespaces: namespaces.iter().map(|&name| name.to_owned()).collect(),
+            file: None,
+            command: Some(command.iter().map(|&word| word.to_owned()).collect()),
+        };
+        let digits = "ab".repeat(32);
+        for (command, namespaces, state, words) in [
+            (
+                &["/bin/echo", &digits][..],
+                &["team-a"][..],
+                State::Passed,
+                "team-a",
+            ),
+            (&["/bin/echo", &digits], &[], State::Noted, "no namespace"),
+            (
+                &["/bin/echo", "short"],
+                &["team-a"],
+                State::Failed,
+                "no key",
+            ),
+            (
+                &["/bin/false"],
+                &["team-a"],
+                State::Failed,
+                "exit status: 1",
+            ),
+            (
+                &["/no/such/program"],
+                &["team-a"],
+                State::Failed,
+                "starting /no/such/program",
+            ),
+        ] {
+            let check = image_key(&key(command, namespaces));
+            assert!(
+                check.state == state && check.found.contains(words),
+                "{check:?}"
+            );
+            assert!(!check.found.contains(&digits), "{check:?}");
+        }
     }
 
     #[test]
