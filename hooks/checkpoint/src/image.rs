@@ -166,6 +166,14 @@ impl ImageError {
         move |source| Self::Store(StoreError::io(doing, path)(source))
     }
 
+    /// The chunks of `image` are refused.
+    fn chunks(image: &str) -> impl Fn(ChunkError) -> Self + '_ {
+        |source| Self::Chunks {
+            image: image.to_owned(),
+            source,
+        }
+    }
+
     fn request(path: &Path, reason: impl std::fmt::Display) -> Self {
         Self::Request {
             path: path.to_owned(),

@@ -10,13 +10,13 @@ use std::{
 
 use rekindle_store::{Lock, remove_tree};
 
-use super::{ImageError, ImageStore, store::share};
+use super::ImageError;
 use crate::manifest::is_image_path;
 
 /// The partial folder, removed when this is dropped, unless it was published.
 #[derive(Debug)]
 pub(super) struct Folder {
-    pub(super) store: ImageStore,
+    partials: PathBuf,
     pub(super) id: String,
     pub(super) dir: PathBuf,
     lease: Option<Lock>,
@@ -24,13 +24,13 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    /// The folder of that id, which need not be there; none when it is being removed.
-    pub(super) fn hold(store: &ImageStore, id: &str) -> Result<Option<Self>, ImageError> {
-        let lease = share(&lock_path(store, id))?;
+    /// The folder of that id in `partials`, which need not be there; none when it is being removed.
+    pub(super) fn hold(partials: &Path, id: &str) -> Result<Option<Self>, ImageError> {
+        let lease = share(&lock_path(partials, id))?;
         Ok(lease.map(|lease| Self {
-            store: store.clone(),
+            partials: partials.to_owned(),
             id: id.to_owned(),
-            dir: store.partial_dir().join(id),
+            dir: partials.join(id),
             lease: Some(lease),
             published: false,
         }))
@@ -44,7 +44,7 @@ impl Drop for Folder {
             let _ = remove_tree(&self.dir);
         }
         drop(self.lease.take());
-        let _ = remove_unless_leased(&self.store, &self.id);
+        let _ = remove_unless_leased(&self.partials, &self.id);
     }
 }
 
@@ -53,12 +53,11 @@ impl Drop for Folder {
 pub struct Scratch(Folder);
 
 impl Scratch {
-    pub(super) fn new(store: &ImageStore) -> Result<Self, ImageError> {
+    pub(super) fn new(partials: &Path) -> Result<Self, ImageError> {
         let id = format!("scratch-{}", new_id());
-        let folder = Folder::hold(store, &id)?;
+        let folder = Folder::hold(partials, &id)?;
         // Its name is new, so nobody can be removing it.
-        let folder =
-            folder.ok_or_else(|| ImageError::request(&store.partial_dir(), "it is locked"))?;
+        let folder = folder.ok_or_else(|| ImageError::request(partials, "it is locked"))?;
         new_dir(&folder.dir)?;
         Ok(Self(folder))
     }
@@ -77,17 +76,17 @@ pub(super) fn new_id() -> String {
     format!("{:x}-{:x}", now.as_nanos(), process::id())
 }
 
-pub(super) fn lock_path(store: &ImageStore, id: &str) -> PathBuf {
-    store.partial_dir().join(format!("{id}.lock"))
+pub(super) fn lock_path(partials: &Path, id: &str) -> PathBuf {
+    partials.join(format!("{id}.lock"))
 }
 
 /// Removes a partial folder that nobody holds. Says whether there was one to remove.
-pub(super) fn remove_unless_leased(store: &ImageStore, id: &str) -> Result<bool, ImageError> {
-    let path = lock_path(store, id);
+pub(super) fn remove_unless_leased(partials: &Path, id: &str) -> Result<bool, ImageError> {
+    let path = lock_path(partials, id);
     let Some(_alone) = Lock::try_acquire(&path)? else {
         return Ok(false);
     };
-    let dir = store.partial_dir().join(id);
+    let dir = partials.join(id);
     let was_there = dir.symlink_metadata().is_ok();
     remove_tree(&dir)?;
     match fs::remove_file(&path) {
@@ -104,10 +103,27 @@ pub(super) fn new_dir(path: &Path) -> Result<(), ImageError> {
         .map_err(ImageError::io("make", path))
 }
 
-/// The id of the partial folder that `path` is, if it is one of this store's.
-pub(super) fn partial_id(store: &ImageStore, path: &Path) -> Option<String> {
+/// The id of the partial folder that `path` is, if it is one of `partials`.
+pub(super) fn partial_id(partials: &Path, path: &Path) -> Option<String> {
     let id = path.file_name()?.to_str()?;
     let parent = fs::canonicalize(path.parent()?).ok()?;
-    let ours = fs::canonicalize(store.partial_dir()).ok()?;
+    let ours = fs::canonicalize(partials).ok()?;
     (parent == ours && is_image_path(id) && !id.ends_with(".lock")).then(|| id.to_owned())
+}
+
+/// Shares a lock. Whoever looks whether an image is in use holds it alone for a moment, so one refusal
+/// means nothing; a remover holds it until the image is gone.
+pub(super) fn share(path: &Path) -> Result<Option<Lock>, ImageError> {
+    // 40 × 5 ms: a thousand times longer than a look takes.
+    for _ in 0..40 {
+        if let Some(lock) = Lock::try_share(path)? {
+            return Ok(Some(lock));
+        }
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "this library blocks; its callers know"
+        )]
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    Ok(None)
 }

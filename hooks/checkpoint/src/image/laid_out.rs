@@ -9,7 +9,7 @@ use std::{
 
 use rekindle_store::{remove_tree, space};
 
-use super::{ImageError, ImageStore, Scratch, folder::new_dir, verify::refused};
+use super::{ImageError, ImageStore, Scratch, folder::new_dir};
 use crate::{
     chunks::Chunks,
     criu_image::{CriuImageError, Pagemap, Run, pages_file},
@@ -182,7 +182,7 @@ impl Pages {
                 let most = (end - at).min(buffer.len() as u64) as usize;
                 let part = &mut buffer[..most];
                 let read = chunks.read_at(&self.name, at, part);
-                if read.map_err(refused(image))? {
+                if read.map_err(ImageError::chunks(image))? {
                     file.write_all_at(part, at)
                         .map_err(ImageError::io("write", &path))?;
                 }

@@ -14,9 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Damage, ImageError, ImageStore, SealedImage,
-    folder::{Folder, lock_path, new_dir, new_id, remove_unless_leased},
+    folder::{Folder, lock_path, new_dir, new_id, remove_unless_leased, share},
     reference,
-    store::share,
 };
 use crate::{
     chunks::{ChunkWriter, Compression, Digest, Key, PackId},
@@ -58,7 +57,7 @@ impl Request {
     ) -> Result<Self, ImageError> {
         let id = new_id();
         let request = Self {
-            lease: share(&lock_path(store, &id))?,
+            lease: share(&lock_path(&store.partial_dir(), &id))?,
             store: store.clone(),
             id,
             namespace: namespace.clone(),
@@ -96,13 +95,14 @@ impl Drop for Request {
     fn drop(&mut self) {
         drop(self.lease.take());
         // Still shared by the maker: it removes the folder itself. Errors leave it to the next sweep.
-        let _ = remove_unless_leased(&self.store, &self.id);
+        let _ = remove_unless_leased(&self.store.partial_dir(), &self.id);
     }
 }
 
 /// An image that is asked for, and that this process may make. Dropped, it is not made.
 #[derive(Debug)]
 pub struct Order {
+    store: ImageStore,
     folder: Folder,
     request: RequestFile,
 }
@@ -111,7 +111,7 @@ impl Order {
     pub(super) fn open(store: &ImageStore, id: &str) -> Result<Self, ImageError> {
         let path = store.partial_dir().join(id).join(REQUEST_FILE);
         let refuse = |e: &dyn std::fmt::Display| ImageError::request(&path, e);
-        let Some(folder) = Folder::hold(store, id)? else {
+        let Some(folder) = Folder::hold(&store.partial_dir(), id)? else {
             return Err(refuse(&"it is being removed"));
         };
         let mut file = File::open(&path).map_err(ImageError::io("read", &path))?;
@@ -123,7 +123,11 @@ impl Order {
             )));
         }
         let request: RequestFile = parse_json(&path, &bytes).map_err(|e| refuse(&e))?;
-        Ok(Self { folder, request })
+        Ok(Self {
+            store: store.clone(),
+            folder,
+            request,
+        })
     }
 
     /// The namespace that the image will be in. Whoever makes it compares it with the container's own.
@@ -143,17 +147,20 @@ impl Order {
         compression: Compression,
         private: &Path,
     ) -> Result<Partial, ImageError> {
-        let Self { folder, request } = self;
+        let Self {
+            store,
+            folder,
+            request,
+        } = self;
         let criu = match key {
             Some(_) => private.to_owned(),
             None => folder.dir.join(CRIU_DIR),
         };
         new_dir(&criu)?;
-        let base = folder
-            .store
-            .base(&request.namespace, &request.name, key.as_ref());
+        let base = store.base(&request.namespace, &request.name, key.as_ref());
         let chunks = ChunkWriter::new(&folder.dir, key.as_ref(), compression, base)?;
         Ok(Partial {
+            store,
             private: key.is_some().then(|| Private(criu)),
             folder,
             request,
@@ -167,6 +174,7 @@ impl Order {
 /// An image that this process makes. Dropped without [`Partial::seal`], it is removed.
 #[derive(Debug)]
 pub struct Partial {
+    store: ImageStore,
     folder: Folder,
     request: RequestFile,
     key: Option<Key>,
@@ -272,7 +280,6 @@ impl Partial {
         write_file(&dir.join(MANIFEST_DIGEST_FILE), digest.as_bytes(), false)?;
         write_file(&path, &text, false)?;
         let sealed = self
-            .folder
             .store
             .publish(&manifest.namespace, &manifest.name, |dest| {
                 publish_dir(&dir, dest)

@@ -11,7 +11,7 @@ use rekindle_store::{Lock, StoreError, remove_tree, write_file};
 
 use super::{
     ImageError, Order, Request,
-    folder::{Scratch, new_dir, partial_id, remove_unless_leased},
+    folder::{Scratch, new_dir, partial_id, remove_unless_leased, share},
     reference,
 };
 use crate::{
@@ -109,7 +109,7 @@ impl ImageStore {
     /// # Errors
     /// When it is, and there is no request that can be understood.
     pub fn partial_at(&self, path: &Path) -> Result<Option<Order>, ImageError> {
-        match partial_id(self, path) {
+        match partial_id(&self.partial_dir(), path) {
             Some(id) => Order::open(self, &id).map(Some),
             None => Ok(None),
         }
@@ -232,7 +232,7 @@ impl ImageStore {
             let name = entry.map_err(ImageError::io("list", &dir))?.file_name();
             let Some(name) = name.to_str() else { continue };
             let id = name.strip_suffix(".lock").unwrap_or(name);
-            swept += usize::from(remove_unless_leased(self, id)?);
+            swept += usize::from(remove_unless_leased(&dir, id)?);
         }
         Ok(swept)
     }
@@ -265,7 +265,7 @@ impl ImageStore {
     /// # Errors
     /// What the file system says.
     pub fn scratch(&self) -> Result<Scratch, ImageError> {
-        Scratch::new(self)
+        Scratch::new(&self.partial_dir())
     }
 
     pub(super) fn partial_dir(&self) -> PathBuf {
@@ -342,23 +342,6 @@ impl ImageStore {
             .join(name.as_str())
             .join(format!(".{generation}.lock"))
     }
-}
-
-/// Shares a lock. Whoever looks whether an image is in use holds it alone for a moment, so one refusal
-/// means nothing; a remover holds it until the image is gone.
-pub(super) fn share(path: &Path) -> Result<Option<Lock>, ImageError> {
-    // 40 × 5 ms: a thousand times longer than a look takes.
-    for _ in 0..40 {
-        if let Some(lock) = Lock::try_share(path)? {
-            return Ok(Some(lock));
-        }
-        #[allow(
-            clippy::disallowed_methods,
-            reason = "this library blocks; its callers know"
-        )]
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    Ok(None)
 }
 
 fn read_manifest(dir: &Path) -> Result<(Manifest, Vec<u8>), ManifestError> {

@@ -26,7 +26,7 @@ use super::{
     store::open_regular,
 };
 use crate::{
-    chunks::{ChunkError, Chunks, Digest, Index, Key, MAX_INDEX, StreamReader},
+    chunks::{Chunks, Digest, Index, Key, MAX_INDEX, StreamReader},
     criu_image::{Task, check_folder, credentials},
     manifest::{
         CRIU_DIR, Encryption, FileEntry, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Manifest,
@@ -131,14 +131,9 @@ impl VerifiedImage {
     /// # Errors
     /// [`ImageError::Chunks`] names the pack that is damaged.
     pub fn verify_chunks(&self, done: &AtomicU64) -> Result<(), ImageError> {
-        self.chunks.verify(done).map_err(refused(&self.reference))
-    }
-}
-
-pub(super) fn refused(image: &str) -> impl Fn(ChunkError) -> ImageError + '_ {
-    |source| ImageError::Chunks {
-        image: image.to_owned(),
-        source,
+        self.chunks
+            .verify(done)
+            .map_err(ImageError::chunks(&self.reference))
     }
 }
 
@@ -206,7 +201,8 @@ impl SealedImage {
         self.check_manifest(key)?;
         self.check_sizes()?;
         let packs = &self.manifest.packs;
-        Chunks::open(&self.dir, packs, self.index()?, key).map_err(refused(&self.reference()))
+        Chunks::open(&self.dir, packs, self.index()?, key)
+            .map_err(ImageError::chunks(&self.reference()))
     }
 
     /// Whether the manifest is what was sealed, with this key.
@@ -253,7 +249,7 @@ impl SealedImage {
         }
         let sizes: Vec<u64> = self.manifest.packs.iter().map(|pack| pack.size).collect();
         Index::parse(&bytes, &sizes, self.manifest.encryption.is_some())
-            .map_err(refused(&self.reference()))
+            .map_err(ImageError::chunks(&self.reference()))
     }
 
     /// Copies a file of CRIU's, comparing it on its way: what CRIU reads later is what was compared.
