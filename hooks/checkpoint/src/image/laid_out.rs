@@ -76,35 +76,51 @@ impl LaidOut {
         Ok((file, path))
     }
 
-    /// Makes the pages files of the pagemaps that are in it, with those runs in them that are wanted, and holes
-    /// elsewhere. `image` is only named in errors.
-    pub(super) fn lay_out_pages(
+    /// The pages files of the pagemaps that are in it, with those runs that are wanted. `image` is only named in
+    /// errors.
+    pub(super) fn plan(
         &self,
         image: &str,
         chunks: &Chunks,
         wanted: impl Fn(&Run) -> bool,
-    ) -> Result<(), ImageError> {
+    ) -> Result<Plan, ImageError> {
         let dir = self.path();
-        let criu = |source| ImageError::Criu {
-            image: image.to_owned(),
-            source,
-        };
         let maps = pagemaps(dir).map_err(|e| match e {
             PagesError::File { path, source, .. } => ImageError::io("read", &path)(source),
             other => ImageError::io("read", dir)(io::Error::other(other)),
         })?;
         let mut all = Vec::new();
         for (path, _) in maps {
-            all.extend(Pages::of(&path, chunks, &wanted).map_err(criu)?);
+            let pages = Pages::of(&path, chunks, &wanted);
+            all.extend(pages.map_err(|source| ImageError::Criu {
+                image: image.to_owned(),
+                source,
+            })?);
         }
+        Ok(Plan(all))
+    }
+
+    /// Makes them, with holes elsewhere.
+    pub(super) fn write(&self, plan: Plan, image: &str, chunks: &Chunks) -> Result<(), ImageError> {
+        let dir = self.path();
         // A small index can claim more than there is anywhere.
-        let bytes = all.iter().flat_map(|pages| &pages.runs).map(|run| run.data);
-        space::require(dir, bytes.fold(0, u64::saturating_add))?;
+        space::require(dir, plan.bytes())?;
         let mut buffer = vec![0; BUFFER];
-        for pages in all {
+        for pages in plan.0 {
             pages.write(dir, image, chunks, &mut buffer)?;
         }
         Ok(())
+    }
+}
+
+/// Pages files that are to be made.
+pub(super) struct Plan(Vec<Pages>);
+
+impl Plan {
+    /// What they take: what is more than zeros.
+    pub(super) fn bytes(&self) -> u64 {
+        let runs = self.0.iter().flat_map(|pages| &pages.runs);
+        runs.map(|run| run.data).fold(0, u64::saturating_add)
     }
 }
 

@@ -48,6 +48,7 @@ pub struct Listed {
 /// the manifest can be had from it.
 #[derive(Debug)]
 pub struct SealedImage {
+    pub(super) store: ImageStore,
     pub(super) dir: PathBuf,
     pub(super) manifest: Manifest,
     pub(super) manifest_bytes: Vec<u8>,
@@ -149,6 +150,7 @@ impl ImageStore {
             });
         }
         Ok(SealedImage {
+            store: self.clone(),
             dir,
             manifest,
             manifest_bytes,

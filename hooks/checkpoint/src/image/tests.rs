@@ -284,6 +284,37 @@ fn a_well_sealed_image_with_a_lying_pagemap_is_refused() {
     assert!(refused.contains("claims 1000000000 pages"), "{refused}");
 }
 
+/// What CRIU reads itself may be as large as any memory, and is not put into it twice.
+#[test]
+fn many_pages_that_are_not_lazy_are_laid_out_on_the_disk() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let (namespace, name) = names();
+    let request = store.begin(&namespace, &name, Source::default()).unwrap();
+    let partial = Making::plain().begin(&store, &request);
+    folder(&partial.criu_dir());
+    fs::remove_file(partial.criu_dir().join("pages-1.img")).unwrap();
+    let pages = 17 << 10;
+    let map = pagemap(1, &[(0x10000, pages, 4)]);
+    fs::write(partial.criu_dir().join("pagemap-1.img"), map).unwrap();
+    let part = partial
+        .chunks()
+        .put(&[7; 65536], &mut Room::default())
+        .unwrap();
+    partial.chunks().add(Stream {
+        name: "criu/pages-1.img".to_owned(),
+        parts: vec![part; pages as usize / 16],
+    });
+    let image = partial.seal(Facts::default()).unwrap();
+    let into = root.path().join("into");
+    let verified = image.verify(&into, None).unwrap();
+    assert!(verified.criu_dir().starts_with(store.partial_dir()) && !into.exists());
+    let laid_out = fs::read(verified.criu_dir().join("pages-1.img")).unwrap();
+    assert!(laid_out.len() as u64 == pages * 4096 && laid_out.iter().all(|byte| *byte == 7));
+    drop((verified, request));
+    assert_eq!(leftovers(&store), 0);
+}
+
 /// A few bytes of index can stand for more than any memory holds.
 #[test]
 fn a_well_sealed_image_that_would_fill_the_node_is_refused() {

@@ -34,6 +34,10 @@ use crate::{
     },
 };
 
+/// Most bytes of pages that are laid out where the restore asked for it, which is in memory as a rule. Shared memory
+/// and changed pages of files may be far more, and go to the store's disk.
+const IN_MEMORY: u64 = 64 << 20;
+
 /// An image that is what was sealed, leased as long as this lives: CRIU's files in a folder of their own, and the
 /// chunks, each of which is compared when it is read.
 #[derive(Debug)]
@@ -121,8 +125,10 @@ impl VerifiedImage {
         if self.manifest.encryption.is_none() {
             self.image.laid_out = self.laid_out.copied_to(store)?;
         }
-        self.laid_out
-            .lay_out_pages(&self.reference, &self.chunks, |_| true)
+        let plan = self
+            .laid_out
+            .plan(&self.reference, &self.chunks, |_| true)?;
+        self.laid_out.write(plan, &self.reference, &self.chunks)
     }
 
     /// Reads all chunks and compares them; adds the bytes that are done to `done`, up to
@@ -146,14 +152,15 @@ impl SealedImage {
 
     /// Checks that the image is whole: exactly the files that its manifest lists, all regular, of the sizes
     /// and digests that it says, and CRIU's files such that CRIU may read them. Those are put into `into`, a
-    /// folder that is made for them; in memory where the image is encrypted. The chunks are compared when they
-    /// are read, and by [`VerifiedImage::verify_chunks`].
+    /// folder that is made for them, and that has to be in memory where the image is encrypted; or, where it is not
+    /// and they are large, into one of the store's. The chunks are compared when they are read, and by
+    /// [`VerifiedImage::verify_chunks`].
     ///
     /// # Errors
     /// [`ImageError::Damaged`] names the first file that is not what it was; [`ImageError::Criu`].
     pub fn verify(self, into: &Path, key: Option<&Key>) -> Result<VerifiedImage, ImageError> {
         let chunks = Arc::new(self.chunks(key)?);
-        let laid_out = LaidOut::at(into)?;
+        let mut laid_out = LaidOut::at(into)?;
         for entry in &self.manifest.files {
             if entry.path != INDEX_FILE {
                 self.lay_out(entry, &laid_out)?;
@@ -176,8 +183,12 @@ impl SealedImage {
                 io::copy(&mut stream, &mut out).map_err(ImageError::io("lay out", &path))?;
             }
         }
-        laid_out.lay_out_pages(&reference, &chunks, |run| !run.lazy())?;
-        check_folder(into).map_err(|source| ImageError::Criu {
+        let plan = laid_out.plan(&reference, &chunks, |run| !run.lazy())?;
+        if plan.bytes() > IN_MEMORY && key.is_none() {
+            laid_out = laid_out.copied_to(&self.store)?;
+        }
+        laid_out.write(plan, &reference, &chunks)?;
+        check_folder(laid_out.path()).map_err(|source| ImageError::Criu {
             image: reference.clone(),
             source,
         })?;
