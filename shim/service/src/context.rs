@@ -18,6 +18,7 @@ use crate::{
     host::HostFacts,
     io::Owner,
     options::RuncOptions,
+    phases::restore::HostNames,
     rootfs::Rootfs,
     runc::Runc,
     threads::blocking,
@@ -34,6 +35,7 @@ pub(crate) struct Shared {
     pub(crate) exits: Exits,
     pub(crate) events: Events,
     pub(crate) data: Data,
+    pub(crate) host_names: HostNames,
 }
 
 /// What a create has put where others keep things too: only that may be removed again.

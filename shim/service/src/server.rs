@@ -11,7 +11,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     bootstrap::LISTENER_FD, context::Shared, data::Data, error::Error, events::Events,
-    exits::Exits, host::HostFacts, logging, node, sys, task::TaskService,
+    exits::Exits, host::HostFacts, logging, node, phases::restore::HostNames, sys,
+    task::TaskService,
 };
 
 /// How long the last events may take. A containerd that runs takes them at once; one that starts ends the
@@ -61,6 +62,7 @@ async fn serve(flags: &Flags) -> Result<(), Error> {
         node: Arc::new(node::config()?),
         host: HostFacts::default(),
         data: Data::new(exits.clone()),
+        host_names: HostNames::default(),
         exits,
         events: events.clone(),
     });

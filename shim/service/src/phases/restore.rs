@@ -18,6 +18,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use rekindle_checkpoint::{StagedImage, manifest::DumpFlags, plain};
 use rekindle_core::annotations::Policy;
 
+pub(crate) use hostname::HostNames;
 pub(crate) use loading::{Loading, end_orphaned as end_orphaned_pager};
 
 use super::{
@@ -289,9 +290,9 @@ async fn start(
     command.arg(id);
     theirs.give(&mut command);
 
-    let name = hostname::Name::of(&spec).await?;
+    let name = hostname::Name::of(&spec, &fixed.shared.host_names).await?;
     let window = fixed.runc.exits.window();
-    step(id, "runc restore", async {
+    let restored = step(id, "runc restore", async {
         let restore = fixed.runc.spawn("restore", command, log)?;
         running(Some(restore.pid()));
         let trouble = async {
@@ -313,7 +314,13 @@ async fn start(
         io.start(console)?;
         Ok((pid, exit))
     })
-    .await
+    .await;
+    if restored.is_err()
+        && let Err(error) = name.give_back().await
+    {
+        tracing::warn!(id, %error, "the pod may have the image's host name");
+    }
+    restored
 }
 
 /// The labels of the new spec: an image carries those of the old one.
