@@ -237,7 +237,7 @@ impl Pager {
                     "--criu".into(),
                     image.criu_dir().into(),
                     "--store".into(),
-                    image.store().into(),
+                    image.store().root().into(),
                     image.reference().into(),
                 ],
             },

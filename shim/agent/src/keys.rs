@@ -8,30 +8,15 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use rekindle_checkpoint::{Key, SealedImage};
-use rekindle_core::{
-    config::{ImageKey, NodeConfig},
-    name::Namespace,
-};
+use rekindle_core::config::{ImageKey, NodeConfig};
 
 /// What a program may take to print a key: a secret store in the same cluster answers in a fraction of it.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 /// The key that opens `image`, or that it should be encrypted with and is not; none where there is none.
 pub(crate) fn of(config: &NodeConfig, image: &SealedImage) -> anyhow::Result<Option<Key>> {
-    let namespace = &image.manifest().namespace;
-    match image.key() {
-        Some(id) => named(config, namespace, id),
-        None => config.key_for(namespace).map(read).transpose(),
-    }
-}
-
-/// The key `id` of `namespace`; none where this node does not have it.
-pub(crate) fn named(
-    config: &NodeConfig,
-    namespace: &Namespace,
-    id: &str,
-) -> anyhow::Result<Option<Key>> {
-    config.key_named(id, namespace).map(read).transpose()
+    let key = config.key_of(image.key(), &image.manifest().namespace);
+    key.map(read).transpose()
 }
 
 /// Reads a key, or asks for it.

@@ -404,9 +404,18 @@ impl NodeConfig {
     }
 
     /// The key `id`, if it is one of those of `namespace`.
-    pub fn key_named(&self, id: &str, namespace: &Namespace) -> Option<&ImageKey> {
+    fn key_named(&self, id: &str, namespace: &Namespace) -> Option<&ImageKey> {
         let mut all = self.images.keys.iter();
         all.find(|key| key.id == id && key.is_for(namespace))
+    }
+
+    /// The key for an image of `namespace` that says it is encrypted with the key `id`: none where this node does not
+    /// have that. Of an image that says nothing, the key that it should be encrypted with.
+    pub fn key_of(&self, id: Option<&str>, namespace: &Namespace) -> Option<&ImageKey> {
+        match id {
+            Some(id) => self.key_named(id, namespace),
+            None => self.key_for(namespace),
+        }
     }
 
     /// Whether pods of `user` may start from the image `name` of `owner`.

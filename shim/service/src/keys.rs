@@ -15,10 +15,7 @@ pub(crate) async fn for_new_image(
     shared: &Shared,
     namespace: &Namespace,
 ) -> Result<Option<Key>, String> {
-    match shared.node.key_for(namespace) {
-        Some(key) => read(shared, key).await.map(Some),
-        None => Ok(None),
-    }
+    for_image(shared, namespace, None).await
 }
 
 /// What opens an image of `namespace` that says it is encrypted with the key `id`, or should be and is not.
@@ -27,10 +24,9 @@ pub(crate) async fn for_image(
     namespace: &Namespace,
     id: Option<&str>,
 ) -> Result<Option<Key>, String> {
-    match id.and_then(|id| shared.node.key_named(id, namespace)) {
+    match shared.node.key_of(id, namespace) {
         Some(key) => read(shared, key).await.map(Some),
-        None if id.is_some() => Ok(None),
-        None => for_new_image(shared, namespace).await,
+        None => Ok(None),
     }
 }
 

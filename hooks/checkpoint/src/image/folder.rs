@@ -68,6 +68,28 @@ impl Scratch {
     }
 }
 
+/// A folder outside the store, of no use to anybody when this is dropped.
+#[derive(Debug)]
+pub(super) struct Private(PathBuf);
+
+impl Private {
+    pub(super) fn new(path: &Path) -> Result<Self, ImageError> {
+        new_dir(path)?;
+        Ok(Self(path.to_owned()))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        // What is left is removed with the folder that it is in.
+        let _ = remove_tree(&self.0);
+    }
+}
+
 /// Of two processes, or of one at two times, never the same.
 pub(super) fn new_id() -> String {
     let now = SystemTime::now()

@@ -7,9 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rekindle_store::{remove_tree, space};
+use rekindle_store::space;
 
-use super::{ImageError, ImageStore, Scratch, folder::new_dir};
+use super::{ImageError, ImageStore, Scratch, folder::Private};
 use crate::{
     chunks::Chunks,
     criu_image::{CriuImageError, Pagemap, Run, pages_file},
@@ -24,25 +24,15 @@ pub(super) const BUFFER: usize = 128 << 10;
 #[derive(Debug)]
 pub(super) enum LaidOut {
     /// Where the restore asked for it.
-    At(PathBuf),
+    At(Private),
     /// On the store's disk, where all pages have to be in it.
     InStore(Scratch),
-}
-
-impl Drop for LaidOut {
-    fn drop(&mut self) {
-        if let Self::At(path) = self {
-            // What is left is removed with the folder that it is in.
-            let _ = remove_tree(path);
-        }
-    }
 }
 
 impl LaidOut {
     /// A new one.
     pub(super) fn at(path: &Path) -> Result<Self, ImageError> {
-        new_dir(path)?;
-        Ok(Self::At(path.to_owned()))
+        Ok(Self::At(Private::new(path)?))
     }
 
     /// The same files in a folder of the store.
@@ -59,7 +49,7 @@ impl LaidOut {
 
     pub(super) fn path(&self) -> &Path {
         match self {
-            Self::At(path) => path,
+            Self::At(private) => private.path(),
             Self::InStore(scratch) => scratch.path(),
         }
     }

@@ -9,12 +9,12 @@ use std::{
 };
 
 use rekindle_core::name::{ImageName, Namespace};
-use rekindle_store::{Lock, publish_dir, remove_tree, space, write_file};
+use rekindle_store::{Lock, publish_dir, space, write_file};
 use serde::{Deserialize, Serialize};
 
 use super::{
     Damage, ImageError, ImageStore, SealedImage,
-    folder::{Folder, lock_path, new_dir, new_id, remove_unless_leased, share},
+    folder::{Folder, Private, lock_path, new_dir, new_id, remove_unless_leased, share},
     reference,
 };
 use crate::{
@@ -152,16 +152,18 @@ impl Order {
             folder,
             request,
         } = self;
-        let criu = match key {
-            Some(_) => private.to_owned(),
-            None => folder.dir.join(CRIU_DIR),
+        let private = match key {
+            Some(_) => Some(Private::new(private)?),
+            None => {
+                new_dir(&folder.dir.join(CRIU_DIR))?;
+                None
+            }
         };
-        new_dir(&criu)?;
         let base = store.base(&request.namespace, &request.name, key.as_ref());
         let chunks = ChunkWriter::new(&folder.dir, key.as_ref(), compression, base)?;
         Ok(Partial {
             store,
-            private: key.is_some().then(|| Private(criu)),
+            private,
             folder,
             request,
             key,
@@ -184,21 +186,11 @@ pub struct Partial {
     private: Option<Private>,
 }
 
-/// A folder in memory, of no use to anybody when this is dropped.
-#[derive(Debug)]
-struct Private(PathBuf);
-
-impl Drop for Private {
-    fn drop(&mut self) {
-        let _ = remove_tree(&self.0);
-    }
-}
-
 impl Partial {
     /// Where CRIU writes its images; empty at first.
     pub fn criu_dir(&self) -> PathBuf {
         match &self.private {
-            Some(Private(dir)) => dir.clone(),
+            Some(private) => private.path().to_owned(),
             None => self.folder.dir.join(CRIU_DIR),
         }
     }

@@ -493,7 +493,7 @@ fn an_encrypted_image_lets_nothing_out_and_opens_with_its_key_only() {
         let into = root.path().join("laid-out");
         let mut opened = image.verify(&into, Some(&key("right"))).unwrap();
         assert!(opened.criu_dir().join("inventory.img").is_file());
-        opened.load_eagerly(&store).unwrap();
+        opened.load_eagerly().unwrap();
         assert_eq!(opened.criu_dir(), into);
         opened.verify_chunks(&AtomicU64::new(0)).unwrap();
     }

@@ -14,7 +14,7 @@ use std::{
     fs,
     io::{self, Read, Write},
     os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, atomic::AtomicU64},
 };
 
@@ -50,7 +50,7 @@ pub struct VerifiedImage {
 /// CRIU's files is removed with it.
 #[derive(Debug)]
 pub struct StagedImage {
-    dir: PathBuf,
+    store: ImageStore,
     manifest: Manifest,
     reference: String,
     laid_out: LaidOut,
@@ -68,10 +68,9 @@ impl StagedImage {
         &self.reference
     }
 
-    /// The folder of the store that it is in.
-    pub fn store(&self) -> &Path {
-        // <root>/<namespace>/<name>/<generation>
-        self.dir.ancestors().nth(3).unwrap_or(&self.dir)
+    /// The store that it is in.
+    pub fn store(&self) -> &ImageStore {
+        &self.store
     }
 
     /// CRIU's images: what `runc restore --image-path` and the [pager](crate::pager) take. Of the pages, those
@@ -116,14 +115,14 @@ impl VerifiedImage {
         self.chunks.stream(SHM_FILE)
     }
 
-    /// Puts all pages where CRIU looks for them, for a restore without a pager: on the disk of `store`, but in
+    /// Puts all pages where CRIU looks for them, for a restore without a pager: on the store's disk, but in
     /// the folder that there is when the image is encrypted.
     ///
     /// # Errors
     /// What the file system says, or which pack is damaged.
-    pub fn load_eagerly(&mut self, store: &ImageStore) -> Result<(), ImageError> {
+    pub fn load_eagerly(&mut self) -> Result<(), ImageError> {
         if self.manifest.encryption.is_none() {
-            self.image.laid_out = self.laid_out.copied_to(store)?;
+            self.image.laid_out = self.laid_out.copied_to(&self.store)?;
         }
         let plan = self
             .laid_out
@@ -195,7 +194,7 @@ impl SealedImage {
         Ok(VerifiedImage {
             image: StagedImage {
                 reference,
-                dir: self.dir,
+                store: self.store,
                 manifest: self.manifest,
                 laid_out,
                 _lease: self.lease,

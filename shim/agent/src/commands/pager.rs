@@ -46,7 +46,7 @@ pub(crate) fn run(
     )?;
     // Only who has an encrypted image has to know of keys.
     let key = match image.key() {
-        Some(id) => keys::named(&config()?, namespace, id)?,
+        Some(_) => keys::of(&config()?, &image)?,
         None => None,
     };
     let chunks = Arc::new(image.chunks(key.as_ref())?);

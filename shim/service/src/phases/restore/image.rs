@@ -110,9 +110,8 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, V
 
 /// Reads all pages, for a restore without a pager.
 async fn eagerly(fixed: &Fixed, mut image: VerifiedImage) -> Result<VerifiedImage, Error> {
-    let root = fixed.shared.node.images.root.clone();
     let loaded = blocking(move || {
-        image.load_eagerly(&ImageStore::open(&root)?)?;
+        image.load_eagerly()?;
         Ok::<_, ImageError>(image)
     });
     let loaded = loaded.await?.map_err(|e| PhaseError::CannotRestore {
