@@ -3,7 +3,9 @@
 //! All numbers are little-endian. Whoever parses one trusts nothing in it: every count is compared with the
 //! bytes that are there before memory is asked for.
 
-use super::{CHUNK, ChunkError, Digest, Part, Stream, ZEROS, cipher::TAG, codec::Encoding};
+use std::{mem, ops::Range};
+
+use super::{CHUNK, ChunkError, Digest, Part, Stored, Stream, ZEROS, cipher::TAG, codec::Encoding};
 use crate::manifest::is_image_path;
 
 /// Most bytes of an index that are read: a TiB of memory, no two pages of which are alike, needs half of it.
@@ -112,6 +114,58 @@ impl Index {
             [] => Ok(index),
             _ => Err(ChunkError::Index("something follows its end")),
         }
+    }
+
+    /// Drops the chunks that no stream has, which were stored before it was known what the streams would be.
+    /// Says what the streams are made of, and what is unused now of the pack `own`: ranges of its bytes, in order.
+    pub(super) fn keep_used(&mut self, own: u16) -> (Stored, Vec<Range<u64>>) {
+        let mut stored = Stored::default();
+        let mut used = vec![false; self.chunks.len()];
+        for part in self.streams.iter().flat_map(|stream| &stream.parts) {
+            let bytes = part.bytes(&self.chunks);
+            stored.bytes += bytes;
+            match *part {
+                Part::Zeros(_) => stored.zeros += bytes,
+                Part::Chunk(row) => {
+                    let chunk = &self.chunks[row as usize];
+                    let again = mem::replace(&mut used[row as usize], true);
+                    if again || chunk.pack != own {
+                        stored.shared += bytes;
+                    } else {
+                        stored.written += u64::from(chunk.stored);
+                    }
+                }
+            }
+        }
+        let mut unused: Vec<Range<u64>> = Vec::new();
+        let mut rows = Vec::with_capacity(used.len());
+        let mut kept = 0;
+        for (chunk, used) in self.chunks.iter().zip(&used) {
+            rows.push(kept);
+            kept += u32::from(*used);
+            if !used && chunk.pack == own {
+                unused.push(chunk.offset..chunk.offset + u64::from(chunk.stored));
+            }
+        }
+        if kept as usize == used.len() {
+            return (stored, unused);
+        }
+        let mut used = used.into_iter();
+        self.chunks.retain(|_| used.next().unwrap_or(true));
+        for part in self.streams.iter_mut().flat_map(|stream| &mut stream.parts) {
+            if let Part::Chunk(row) = part {
+                *row = rows[*row as usize];
+            }
+        }
+        unused.sort_by_key(|range| range.start);
+        unused.dedup_by(|next, range| {
+            let joined = range.end == next.start;
+            if joined {
+                range.end = next.end;
+            }
+            joined
+        });
+        (stored, unused)
     }
 
     fn stream(&self, rest: &mut Rest<'_>) -> Result<Stream, ChunkError> {

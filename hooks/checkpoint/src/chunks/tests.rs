@@ -253,6 +253,44 @@ fn the_next_generation_stores_what_changed() {
     }
 }
 
+/// What was stored while the tasks still ran, and has changed since, is in no image.
+#[test]
+fn what_no_stream_has_is_given_back() {
+    use std::os::unix::fs::MetadataExt as _;
+    for key in [None, Some(key("right"))] {
+        let dir = tempfile::tempdir().unwrap();
+        let writer = ChunkWriter::new(dir.path(), key.as_ref(), Compression::None, None).unwrap();
+        let early: Vec<Part> = (0..64)
+            .map(|n| writer.put(&noise(n, CHUNK), &mut Room::default()).unwrap())
+            .collect();
+        // Every fourth is used, two of them twice, and something comes behind them.
+        let mut parts: Vec<Part> = early.iter().step_by(4).copied().collect();
+        parts.extend_from_within(..2);
+        writer.add(Stream {
+            name: "criu/pages-1.img".to_owned(),
+            parts,
+        });
+        let mut stream = writer.stream("upper.tar");
+        stream.write_all(&noise(100, CHUNK)).unwrap();
+        stream.finish().unwrap();
+        let (index, packs, stored) = writer.finish(key.as_ref()).unwrap();
+        let written = Written { index, packs, stored };
+        assert_eq!(stored.bytes, 19 * CHUNK as u64);
+        assert_eq!(stored.shared, 2 * CHUNK as u64);
+        let (most, least) = (18 * CHUNK as u64, 17 * CHUNK as u64);
+        assert!((least..most).contains(&stored.written), "{stored:?}");
+        assert_eq!(written.index(key.as_ref()).chunks.len(), 17);
+        let chunks = written.open(dir.path(), key.as_ref());
+        chunks.verify(&AtomicU64::new(0)).unwrap();
+        let right: Vec<u8> = (0..64).step_by(4).chain([0, 4]).flat_map(|n| noise(n, CHUNK)).collect();
+        assert!(whole(&chunks, "criu/pages-1.img").unwrap() == right);
+        assert!(whole(&chunks, "upper.tar").unwrap() == noise(100, CHUNK));
+        let pack = fs::metadata(dir.path().join(written.packs[0].id.file())).unwrap();
+        // Blocks of the file system at the edges of holes stay.
+        assert!(pack.blocks() * 512 < 40 * CHUNK as u64, "{}", pack.blocks());
+    }
+}
+
 /// Otherwise an image that is made every hour would grow for ever.
 #[test]
 fn a_pack_of_which_little_is_left_is_left_behind() {

@@ -10,6 +10,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
 };
 
+use rustix::fs::FallocateFlags;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -69,7 +70,6 @@ struct State {
     index: Index,
     /// Bytes of the own pack that are taken.
     end: u64,
-    stored: Stored,
 }
 
 /// Buffers of one thread.
@@ -155,13 +155,10 @@ impl ChunkWriter {
         debug_assert!(!plain.is_empty() && plain.len() <= CHUNK);
         let bytes = plain.len() as u64;
         if bytes.is_multiple_of(ZEROS) && is_zero(plain) {
-            let mut state = self.state();
-            state.stored.bytes += bytes;
-            state.stored.zeros += bytes;
             return Ok(Part::Zeros((bytes / ZEROS) as u32));
         }
         let digest = self.addresses.digest(plain);
-        if let Some(row) = self.state().find(&digest, &self.base, bytes) {
+        if let Some(row) = self.state().find(&digest, &self.base) {
             return Ok(Part::Chunk(row));
         }
         let (encoding, encoded) = encode(self.compression, plain, &mut room.compressed);
@@ -170,13 +167,11 @@ impl ChunkWriter {
         let (row, offset) = {
             let mut state = self.state();
             // Another thread may have been faster.
-            if let Some(row) = state.find(&digest, &self.base, bytes) {
+            if let Some(row) = state.find(&digest, &self.base) {
                 return Ok(Part::Chunk(row));
             }
             let offset = state.end;
             state.end += stored as u64;
-            state.stored.bytes += bytes;
-            state.stored.written += stored as u64;
             let chunk = Chunk {
                 digest,
                 pack: (self.packs.len() - 1) as u16,
@@ -219,8 +214,17 @@ impl ChunkWriter {
         }
     }
 
+    /// Has what was stored so far written to the disk, so that less of that is left for later.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn flush(&self) -> Result<(), ChunkError> {
+        let flushed = self.file.sync_data();
+        flushed.map_err(ChunkError::io("write", &self.path))
+    }
+
     /// The index, the packs that it needs, and what was stored. What comes from the base is compared with its
-    /// digests; packs that are not needed are removed.
+    /// digests; packs that are not needed are removed, and what no stream has after all is given back.
     ///
     /// # Errors
     /// What the file system says, or that the base is damaged. `key` is that of [`Self::new`].
@@ -228,16 +232,19 @@ impl ChunkWriter {
         self,
         key: Option<&Key>,
     ) -> Result<(Vec<u8>, Vec<PackEntry>, Stored), ChunkError> {
-        let State {
-            mut index,
-            end,
-            stored,
-            ..
-        } = self
+        let State { mut index, end, .. } = self
             .state
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
         index.streams.sort_by(|a, b| a.name.cmp(&b.name));
+        let own = (self.packs.len() - 1) as u16;
+        let (stored, unused) = index.keep_used(own);
+        for range in unused {
+            let length = range.end - range.start;
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            // A file system that cannot do this keeps the bytes.
+            let _ = rustix::fs::fallocate(&self.file, punch, range.start, length);
+        }
         let live = index.live(self.packs.len());
         let (mut packs, mut places) = (Vec::new(), Vec::new());
         let sizes = self.sizes.iter().copied().chain([end]);
@@ -250,7 +257,6 @@ impl ChunkWriter {
                 fs::remove_file(&path).map_err(ChunkError::io("remove", &path))?;
             }
         }
-        let own = (self.packs.len() - 1) as u16;
         let inherited = index
             .chunks
             .iter()
@@ -277,17 +283,12 @@ impl ChunkWriter {
 
 impl State {
     /// The row of a chunk that this image or its base has.
-    fn find(&mut self, digest: &Digest, base: &HashMap<Digest, Chunk>, bytes: u64) -> Option<u32> {
-        let row = match self.rows.get(digest) {
-            Some(row) => *row,
-            None => {
-                let chunk = *base.get(digest)?;
-                self.insert(chunk)
-            }
-        };
-        self.stored.bytes += bytes;
-        self.stored.shared += bytes;
-        Some(row)
+    fn find(&mut self, digest: &Digest, base: &HashMap<Digest, Chunk>) -> Option<u32> {
+        if let Some(row) = self.rows.get(digest) {
+            return Some(*row);
+        }
+        let chunk = *base.get(digest)?;
+        Some(self.insert(chunk))
     }
 
     fn insert(&mut self, chunk: Chunk) -> u32 {
