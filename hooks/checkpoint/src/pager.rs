@@ -40,7 +40,7 @@ use rustix::net::Shutdown;
 
 use crate::StagedImage;
 
-mod protocol;
+pub(crate) mod protocol;
 mod relay;
 mod serve;
 

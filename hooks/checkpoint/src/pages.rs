@@ -17,6 +17,7 @@ use std::{
 use crate::{
     chunks::{ChunkError, ChunkWriter},
     criu_image::{CriuImageError, Pagemap},
+    precopy::Precopied,
 };
 
 mod copy;
@@ -104,13 +105,18 @@ impl PagesError {
 }
 
 /// Stores all pages of the lazy dump in `criu_dir`, those that it wrote and those that it left in `tasks`, and
-/// says in its pagemaps that they are all there.
+/// says in its pagemaps that they are all there. What was stored `before` is not read again.
 ///
 /// To be called only while the tasks are stopped by the dump.
 ///
 /// # Errors
 /// When one page cannot be read or stored. The folder is then no image: remove it.
-pub fn take_pages(criu_dir: &Path, tasks: &Tasks, writer: &ChunkWriter) -> Result<(), PagesError> {
+pub fn take_pages(
+    criu_dir: &Path,
+    tasks: &Tasks,
+    before: &Precopied,
+    writer: &ChunkWriter,
+) -> Result<(), PagesError> {
     let mut seen = BTreeSet::new();
     for (path, pid) in pagemaps(criu_dir)? {
         let plan = plan::Plan::read(criu_dir, &path)?;
@@ -129,7 +135,7 @@ pub fn take_pages(criu_dir: &Path, tasks: &Tasks, writer: &ChunkWriter) -> Resul
         } else if !seen.insert(plan.pages.clone()) {
             "it names the pages file of another one"
         } else {
-            copy::pages(&plan, task, writer)?;
+            copy::pages(&plan, task, before, writer)?;
             plan::mark_present(&path, &plan)?;
             continue;
         };

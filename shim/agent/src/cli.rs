@@ -51,4 +51,7 @@ pub(crate) enum Command {
     /// For the shim: brings in the memory of a lazily restored container.
     #[command(hide = true)]
     Pager(commands::pager::PagerArgs),
+    /// For the shim: has processes open the descriptors by which their memory is watched.
+    #[command(hide = true)]
+    Userfaultfd(commands::userfaultfd::UserfaultfdArgs),
 }

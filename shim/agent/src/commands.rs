@@ -15,6 +15,7 @@ pub(crate) mod doctor;
 pub(crate) mod image;
 pub(crate) mod pager;
 pub(crate) mod prefetch;
+pub(crate) mod userfaultfd;
 
 /// Runs what was asked for. The configuration is read only by the commands that obey it, so that a
 /// broken one does not break the shell's completion or the shim.
@@ -29,5 +30,6 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Completion(args) => Ok(completion::run(args)),
         Command::ContainerImage(args) => container_image::run(args).await,
         Command::Pager(args) => pager::run(&args, config),
+        Command::Userfaultfd(args) => userfaultfd::run(&args),
     }
 }

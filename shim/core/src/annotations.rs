@@ -3,11 +3,15 @@
 //! Every key under our prefix is known or refused: a misspelt `rekindle.dev/dataest` must not start a
 //! pod without its data. `docs/ANNOTATIONS.md` is the user's side of this file.
 
-use std::{collections::BTreeMap, str::FromStr};
+use std::{collections::BTreeMap, str::FromStr, time::Duration};
 
 use serde::Deserialize;
 
-use crate::{name::ImageRef, uri::DatasetUri};
+use crate::{
+    duration,
+    name::{ImageName, ImageRef},
+    uri::DatasetUri,
+};
 
 /// Prefix of every annotation of ours.
 pub const PREFIX: &str = "rekindle.dev/";
@@ -52,6 +56,20 @@ pub struct DatasetRequest {
     pub policy: Policy,
 }
 
+/// Shortest time between two images: each stops the container for a moment and fills the node's disk.
+const SHORTEST: Duration = Duration::from_secs(10);
+
+/// Images that the container is to have of itself while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointRequest {
+    /// Their name, in the pod's namespace.
+    pub name: ImageName,
+    /// How long after its start, and after the one before.
+    pub every: Option<Duration>,
+    /// Whether one is made before the container hears of a SIGTERM.
+    pub on_term: bool,
+}
+
 /// What a pod asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PodRequest {
@@ -61,7 +79,9 @@ pub struct PodRequest {
     pub restore_from: Option<ImageRef>,
     /// What a missing or unfit image means.
     pub restore_policy: Policy,
-    /// The container that `restore-from` means, where a pod has several.
+    /// The images to make.
+    pub checkpoint: Option<CheckpointRequest>,
+    /// The container that `restore-from` and the images mean, where a pod has several.
     pub container: Option<String>,
 }
 
@@ -112,6 +132,9 @@ pub enum AnnotationError {
 }
 
 const KEYS: &[&str] = &[
+    "checkpoint-every",
+    "checkpoint-name",
+    "checkpoint-on-term",
     "container",
     "dataset",
     "dataset-mount",
@@ -120,12 +143,7 @@ const KEYS: &[&str] = &[
     "restore-from",
     "restore-policy",
 ];
-const NOT_BUILT: &[&str] = &[
-    "warm-start",
-    "warm-when",
-    "checkpoint-every",
-    "checkpoint-on-term",
-];
+const NOT_BUILT: &[&str] = &["warm-start", "warm-when"];
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -254,8 +272,63 @@ impl PodRequest {
                 });
             }
         }
+        request.checkpoint = checkpoint(get, request.restore_from.as_ref())?;
         Ok(request)
     }
+}
+
+/// The images to make. They have the name of the image that the pod starts from, unless it names another: then the
+/// pod goes on after its next start where it was.
+fn checkpoint<'a>(
+    get: impl Fn(&str) -> Option<&'a str>,
+    restore_from: Option<&ImageRef>,
+) -> Result<Option<CheckpointRequest>, AnnotationError> {
+    const KEYS: [&str; 2] = ["checkpoint-every", "checkpoint-on-term"];
+    let name = get("checkpoint-name")
+        .map(|value| {
+            value
+                .parse()
+                .map_err(|e| wrong("checkpoint-name", value, e))
+        })
+        .transpose()?;
+    let alone = |key: &str, needs| AnnotationError::Alone {
+        key: format!("{PREFIX}{key}"),
+        needs,
+    };
+    let Some(key) = KEYS.into_iter().find(|key| get(key).is_some()) else {
+        return match name {
+            Some(_) => Err(alone(
+                "checkpoint-name",
+                "rekindle.dev/checkpoint-every or rekindle.dev/checkpoint-on-term",
+            )),
+            None => Ok(None),
+        };
+    };
+    // Another namespace's image is no name for one of one's own.
+    let own = restore_from.filter(|image| image.namespace.is_none());
+    let name = name.or_else(|| own.map(|image| image.name.clone()));
+    let name = name.ok_or_else(|| alone(key, "rekindle.dev/checkpoint-name"))?;
+    let every = get("checkpoint-every").map(|value| match duration::parse(value) {
+        Ok(every) if every >= SHORTEST => Ok(every),
+        Ok(_) => Err(wrong("checkpoint-every", value, "the shortest is 10s")),
+        Err(e) => Err(wrong("checkpoint-every", value, e)),
+    });
+    let on_term = match get("checkpoint-on-term") {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(value) => {
+            return Err(wrong(
+                "checkpoint-on-term",
+                value,
+                "allowed are true and false",
+            ));
+        }
+    };
+    Ok(Some(CheckpointRequest {
+        name,
+        every: every.transpose()?,
+        on_term,
+    }))
 }
 
 fn listed(value: &str) -> Result<Vec<DatasetRequest>, AnnotationError> {

@@ -180,6 +180,8 @@ pub struct Images {
     pub exports: Vec<Export>,
     /// How new images are compressed.
     pub compression: Compression,
+    /// Whether most of the memory is stored before the tasks are stopped for a checkpoint.
+    pub precopy: bool,
     /// Keys, of which the first that is for a namespace encrypts its new images.
     pub keys: Vec<ImageKey>,
 }
@@ -279,6 +281,7 @@ struct RawImages {
     root: Option<PathBuf>,
     export: Vec<Export>,
     compression: Compression,
+    precopy: Option<bool>,
     key: Vec<ImageKey>,
 }
 
@@ -446,6 +449,7 @@ impl Raw {
                 root: self.images.root.unwrap_or_else(|| paths::IMAGES_DIR.into()),
                 exports: self.images.export,
                 compression: self.images.compression,
+                precopy: self.images.precopy.unwrap_or(true),
                 keys: self.images.key,
             },
             restore: Restore {

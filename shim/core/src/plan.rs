@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    annotations::{AnnotationError, DatasetRequest, PodRequest, Policy},
+    annotations::{AnnotationError, CheckpointRequest, DatasetRequest, PodRequest, Policy},
     config::NodeConfig,
     identity::{Identity, Role},
     name::{ImageName, NameError, Namespace},
@@ -33,6 +33,8 @@ pub struct Plan {
     pub datasets: Vec<DatasetRequest>,
     /// The image it starts from, if any.
     pub restore: Option<RestorePlan>,
+    /// The images that are made of it while it runs, in its own namespace.
+    pub checkpoint: Option<CheckpointRequest>,
 }
 
 /// Why a container gets nothing. Found before anything is touched.
@@ -85,6 +87,7 @@ impl Plan {
                 });
             }
         }
+        let meant = identity.is_meant(request.container.as_deref());
         let mut restore = None;
         if let Some(image) = request.restore_from {
             let namespace = image
@@ -98,7 +101,7 @@ impl Plan {
                     user,
                 });
             }
-            if identity.is_meant(request.container.as_deref()) {
+            if meant {
                 restore = Some(RestorePlan {
                     namespace,
                     name: image.name,
@@ -107,6 +110,7 @@ impl Plan {
                 });
             }
         }
+        let checkpoint = request.checkpoint.filter(|_| meant);
         let datasets = request
             .datasets
             .into_iter()
@@ -118,6 +122,7 @@ impl Plan {
             identity,
             datasets,
             restore,
+            checkpoint,
         })
     }
 }

@@ -5,6 +5,7 @@
 
 mod driver;
 mod exec;
+mod imaging;
 mod restoring;
 
 use std::{
@@ -64,6 +65,7 @@ pub(crate) struct Container {
     /// Execs start under its read side; a checkpoint takes the write side, for a process that is not
     /// in the init's tree cannot be dumped.
     exec_gate: Arc<RwLock<()>>,
+    term: Mutex<imaging::Term>,
     /// Held while a start is under way, so that its event comes before the exit's.
     start_gate: tokio::sync::Mutex<()>,
     /// Kills hold its read side, so that they are answered before anyone hears of the end: containerd deletes
@@ -112,6 +114,7 @@ impl Container {
             execs: Mutex::default(),
             running_execs: watch::Sender::new(0),
             exec_gate: Arc::default(),
+            term: Mutex::default(),
             start_gate: tokio::sync::Mutex::new(()),
             kill_gate: RwLock::default(),
             usage: Usage::default(),
@@ -170,6 +173,7 @@ impl Container {
                 _ => this.fixed.runc.start().await?,
             }
             this.enter(State::Running);
+            this.keep_imaging();
             let pid = this.view().pid;
             let mut event = TaskStart::new();
             event.container_id.clone_from(&this.fixed.id);
@@ -302,7 +306,10 @@ impl Container {
     }
 
     /// Signals the init. Does not queue: it must reach a container whose driver is busy.
-    pub(crate) async fn kill(&self, signal: u32, all: bool) -> Result<(), Error> {
+    pub(crate) async fn kill(self: &Arc<Self>, signal: u32, all: bool) -> Result<(), Error> {
+        if self.hold_back(signal, all) {
+            return Ok(());
+        }
         let _unanswered = self.kill_gate.read().await;
         let state = self.admit(Request::Kill)?;
         let finished = || Error::Finished(self.fixed.id.clone());

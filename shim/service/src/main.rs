@@ -10,6 +10,7 @@ mod bundle;
 mod cgroups;
 mod cleanup;
 mod container;
+mod container_image;
 mod context;
 mod criu;
 mod data;

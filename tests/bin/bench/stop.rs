@@ -15,7 +15,7 @@ const HEAP: u64 = 2048;
 const STORE: &str = "/mnt/store";
 const ID: &str = "stopped";
 
-/// A heap of noise, and how long it could not look at the clock: the scheduler's own pauses are shorter than 50 ms.
+/// A heap of noise, and how long it could not look at the clock: the scheduler's own pauses are shorter than 10 ms.
 const PROGRAM: &str = r#"
 import os, sys, time
 heap = [os.urandom(1 << 20) for _ in range(int(sys.argv[1]))]
@@ -24,7 +24,7 @@ last = time.monotonic()
 while True:
     time.sleep(0.002)
     now = time.monotonic()
-    if now - last > 0.05:
+    if now - last > 0.01:
         print("gap", now - last, flush=True)
     last = now
 "#;

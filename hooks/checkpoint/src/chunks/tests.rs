@@ -274,7 +274,11 @@ fn what_no_stream_has_is_given_back() {
         stream.write_all(&noise(100, CHUNK)).unwrap();
         stream.finish().unwrap();
         let (index, packs, stored) = writer.finish(key.as_ref()).unwrap();
-        let written = Written { index, packs, stored };
+        let written = Written {
+            index,
+            packs,
+            stored,
+        };
         assert_eq!(stored.bytes, 19 * CHUNK as u64);
         assert_eq!(stored.shared, 2 * CHUNK as u64);
         let (most, least) = (18 * CHUNK as u64, 17 * CHUNK as u64);
@@ -282,7 +286,11 @@ fn what_no_stream_has_is_given_back() {
         assert_eq!(written.index(key.as_ref()).chunks.len(), 17);
         let chunks = written.open(dir.path(), key.as_ref());
         chunks.verify(&AtomicU64::new(0)).unwrap();
-        let right: Vec<u8> = (0..64).step_by(4).chain([0, 4]).flat_map(|n| noise(n, CHUNK)).collect();
+        let right: Vec<u8> = (0..64)
+            .step_by(4)
+            .chain([0, 4])
+            .flat_map(|n| noise(n, CHUNK))
+            .collect();
         assert!(whole(&chunks, "criu/pages-1.img").unwrap() == right);
         assert!(whole(&chunks, "upper.tar").unwrap() == noise(100, CHUNK));
         let pack = fs::metadata(dir.path().join(written.packs[0].id.file())).unwrap();

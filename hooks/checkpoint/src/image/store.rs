@@ -223,6 +223,27 @@ impl ImageStore {
         Ok(doomed)
     }
 
+    /// Removes all but the newest `keep` generations of an image, and those that a container is being restored from.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn keep_newest(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        keep: usize,
+    ) -> Result<(), ImageError> {
+        let found = self.generations(namespace, name)?;
+        for generation in found.iter().rev().skip(keep) {
+            match self.remove(namespace, name, Some(*generation), false) {
+                // Another one removes it too.
+                Err(ImageError::InUse(_) | ImageError::Unknown(_)) => {}
+                other => drop(other?),
+            }
+        }
+        Ok(())
+    }
+
     /// Removes partial folders whose makers are gone, and says how many there were.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use crate::{
         CRIU_DIR, Facts, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Source, UPPER_FILE,
     },
     pages::{Tasks, take_pages},
+    precopy::Precopied,
 };
 
 fn names() -> (Namespace, ImageName) {
@@ -48,7 +49,13 @@ impl Making {
         let partial = self.begin(store, &request);
         folder(&partial.criu_dir());
         let none = Tasks::from_iter([]);
-        take_pages(&partial.criu_dir(), &none, partial.chunks()).unwrap();
+        take_pages(
+            &partial.criu_dir(),
+            &none,
+            &Precopied::default(),
+            partial.chunks(),
+        )
+        .unwrap();
         let mut upper = partial.chunks().stream(UPPER_FILE);
         upper.write_all(&upper_layer()).unwrap();
         upper.finish().unwrap();

@@ -28,7 +28,7 @@ const CHILD: u32 = 0;
 
 /// One message.
 #[derive(Debug)]
-pub(super) enum Word {
+pub(crate) enum Word {
     /// A process, by its number in the container, with its userfaultfd.
     Process(i32, OwnedFd),
     /// A process that has ended and was not waited for: it has no memory.
@@ -40,7 +40,7 @@ pub(super) enum Word {
 }
 
 /// The next message; none when the other end is closed.
-pub(super) fn receive(from: &mut UnixStream) -> io::Result<Option<Word>> {
+pub(crate) fn receive(from: &mut UnixStream) -> io::Result<Option<Word>> {
     let mut word = [0; 4];
     match from.read_exact(&mut word) {
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -57,7 +57,7 @@ pub(super) fn receive(from: &mut UnixStream) -> io::Result<Option<Word>> {
 }
 
 /// Sends one message.
-pub(super) fn send(to: &mut UnixStream, word: &Word) -> io::Result<()> {
+pub(crate) fn send(to: &mut UnixStream, word: &Word) -> io::Result<()> {
     let (number, fd) = match word {
         Word::Process(pid, fd) => (pid.cast_unsigned(), Some(fd)),
         Word::Zombie(pid) => (pid.saturating_neg().cast_unsigned(), None),

@@ -21,6 +21,7 @@ use crate::{
     chunks::{ChunkWriter, Part, Room, Stream},
     manifest::criu_path,
     parallel::in_parallel,
+    precopy::Precopied,
 };
 
 /// Most remote ranges of one `process_vm_readv`: `UIO_MAXIOV`.
@@ -30,6 +31,7 @@ const MAX_RANGES: usize = 1024;
 pub(super) fn pages(
     plan: &Plan,
     task: Option<&Task>,
+    before: &Precopied,
     writer: &ChunkWriter,
 ) -> Result<(), PagesError> {
     if plan.pieces.is_empty() {
@@ -42,6 +44,7 @@ pub(super) fn pages(
         dump,
         task,
         memory: task.and_then(|task| File::open(format!("/proc/{}/mem", task.pid)).ok()),
+        before,
         writer,
     };
     let parts = in_parallel(plan.pieces.len(), |index, buffer| {
@@ -65,14 +68,19 @@ struct Job<'a> {
     task: Option<&'a Task>,
     /// None where it may not be opened: then only what `process_vm_readv` reads can be copied.
     memory: Option<File>,
+    before: &'a Precopied,
     writer: &'a ChunkWriter,
 }
 
 impl Job<'_> {
-    /// Reads one piece and stores its chunks.
+    /// Reads one piece and stores its chunks, but for those that were stored before.
     fn store(&self, piece: &[Stretch], buffer: &mut [u8]) -> Result<Vec<Part>, PagesError> {
-        let mut rest = &mut buffer[..bytes_of(piece)];
-        for same in piece.chunk_by(|a, b| from_memory(a) == from_memory(b)) {
+        let chunks = || piece.chunk_by(|a, b| a.block() == b.block());
+        let mut parts: Vec<Option<Part>> = chunks().map(|chunk| self.stored(chunk)).collect();
+        let unread = chunks().zip(&parts).filter(|(_, part)| part.is_none());
+        let unread: Vec<Stretch> = unread.flat_map(|(chunk, _)| chunk).copied().collect();
+        let mut rest = &mut buffer[..bytes_of(&unread)];
+        for same in unread.chunk_by(|a, b| from_memory(a) == from_memory(b)) {
             for batch in same.chunks(MAX_RANGES) {
                 let (head, tail) = rest.split_at_mut(bytes_of(batch));
                 self.read(batch, head)?;
@@ -81,13 +89,23 @@ impl Job<'_> {
         }
         let mut room = Room::default();
         let mut rest = &*buffer;
-        let mut parts = Vec::new();
-        for chunk in piece.chunk_by(|a, b| a.block() == b.block()) {
-            let (head, tail) = rest.split_at(bytes_of(chunk));
-            parts.push(self.writer.put(head, &mut room)?);
-            rest = tail;
+        for (chunk, part) in chunks().zip(&mut parts) {
+            if part.is_none() {
+                let (head, tail) = rest.split_at(bytes_of(chunk));
+                *part = Some(self.writer.put(head, &mut room)?);
+                rest = tail;
+            }
         }
-        Ok(parts)
+        Ok(parts.into_iter().flatten().collect())
+    }
+
+    /// The part that these pages are, where it was stored while the task still ran.
+    fn stored(&self, chunk: &[Stretch]) -> Option<Part> {
+        let task = self.task.filter(|_| chunk.iter().all(from_memory))?;
+        let pages = chunk
+            .iter()
+            .map(|stretch| stretch.vaddr..stretch.vaddr + stretch.bytes);
+        self.before.part(task.container_pid, pages)
     }
 
     /// Fills `into` with these stretches, which all come from the same place.

@@ -42,7 +42,7 @@ fn at(memory: &[u8], vaddr: u64, bytes: u64) -> &[u8] {
 fn taken(dir: &Path, tasks: &Tasks) -> Result<Vec<u8>, PagesError> {
     let store = tempfile::tempdir().unwrap();
     let writer = ChunkWriter::new(store.path(), None, Compression::None, None).unwrap();
-    take_pages(dir, tasks, &writer)?;
+    take_pages(dir, tasks, &Precopied::default(), &writer)?;
     let (index, packs, _) = writer.finish(None).unwrap();
     let sizes: Vec<u64> = packs.iter().map(|pack| pack.size).collect();
     let index = Index::parse(&index, &sizes, false).unwrap();
@@ -141,7 +141,7 @@ fn a_new_page_changes_one_chunk() {
         folder(dir.path());
         fs::write(dir.path().join("pagemap-1.img"), pagemap(1, runs)).unwrap();
         let writer = ChunkWriter::new(into, None, Compression::None, base).unwrap();
-        take_pages(dir.path(), &me(1), &writer).unwrap();
+        take_pages(dir.path(), &me(1), &Precopied::default(), &writer).unwrap();
         writer.finish(None).unwrap()
     };
     let root = tempfile::tempdir().unwrap();

@@ -136,3 +136,67 @@ fn two_datasets_never_share_a_path() {
     let apart = "- {name: w, uri: 's3://models/w/', mount: /w, container: a}\n- {name: c, uri: 's3://models/c/', mount: /w, container: b}\n";
     assert!(parse(&[("rekindle.dev/datasets", apart)]).is_ok());
 }
+
+#[test]
+fn images_of_a_running_container_are_asked_for() {
+    let asked = |pairs: &[(&str, &str)]| parse(pairs).unwrap().checkpoint;
+    let every = ("rekindle.dev/checkpoint-every", "1h30m");
+    let term = ("rekindle.dev/checkpoint-on-term", "true");
+    let found = asked(&[every, ("rekindle.dev/restore-from", "training@3")]).unwrap();
+    assert_eq!(found.name.as_str(), "training");
+    assert_eq!(
+        (found.every, found.on_term),
+        (Some(Duration::from_secs(5400)), false)
+    );
+    let named = [
+        term,
+        ("rekindle.dev/restore-from", "other/base"),
+        ("rekindle.dev/checkpoint-name", "mine"),
+    ];
+    let found = asked(&named).unwrap();
+    assert_eq!(
+        (found.name.as_str(), found.every, found.on_term),
+        ("mine", None, true)
+    );
+    assert_eq!(asked(&[("rekindle.dev/restore-from", "base")]), None);
+    for (pairs, words) in [
+        (&[every][..], "without rekindle.dev/checkpoint-name"),
+        // Another namespace's image cannot be the name of one's own.
+        (
+            &[term, ("rekindle.dev/restore-from", "other/base")],
+            "without rekindle.dev/checkpoint-name",
+        ),
+        (
+            &[("rekindle.dev/checkpoint-name", "a")],
+            "without rekindle.dev/checkpoint-every or",
+        ),
+        (
+            &[
+                ("rekindle.dev/checkpoint-name", "a"),
+                ("rekindle.dev/checkpoint-every", "5s"),
+            ],
+            "the shortest is 10s",
+        ),
+        (
+            &[
+                ("rekindle.dev/checkpoint-name", "a"),
+                ("rekindle.dev/checkpoint-every", "often"),
+            ],
+            "not a duration",
+        ),
+        (
+            &[("rekindle.dev/checkpoint-name", "A b"), every],
+            "rekindle.dev/checkpoint-name=\"A b\"",
+        ),
+        (
+            &[
+                ("rekindle.dev/checkpoint-name", "a"),
+                ("rekindle.dev/checkpoint-on-term", "yes"),
+            ],
+            "allowed are true and false",
+        ),
+    ] {
+        let said = sentence(pairs);
+        assert!(said.contains(words), "{said}");
+    }
+}

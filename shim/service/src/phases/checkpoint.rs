@@ -4,9 +4,15 @@
 //! when the call found them so; `exit` ends them only once the image is complete.
 
 mod hold;
+mod precopy;
 mod window;
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use rekindle_checkpoint::{
     Facts, ImageStore, Order, Partial, fit::container_facts, manifest::DumpFlags, pages::Tasks,
@@ -35,6 +41,7 @@ pub(crate) async fn run(
 ) -> Result<(), Error> {
     refuse(fixed, pid, execs)?;
     let id = fixed.id.as_str();
+    let until = Instant::now() + fixed.shared.node.deadlines.checkpoint;
     let spec = Spec::read(&fixed.bundle)?;
     let facts = step(id, "facts", facts(fixed, &spec, request)).await?;
     let work = request
@@ -43,16 +50,20 @@ pub(crate) async fn run(
         .unwrap_or_else(|| fixed.bundle.join("criu-work"));
     fs::create_dir_all(&work).map_err(Error::file("creating", &work))?;
 
-    let destination = match step(id, "where", destination(fixed, request)).await? {
-        Some(order) => {
-            refuse_image(fixed, &spec)?;
-            Some(step(id, "begin", begin(fixed, order)).await?)
-        }
-        None => None,
-    };
     // With exit they stay frozen until their end: what they did after the dump would be in nobody's image.
     let held = state == State::Running;
     let release = held && !request.exit;
+    let destination = match step(id, "where", destination(fixed, request)).await? {
+        Some(order) => {
+            refuse_image(fixed, &spec)?;
+            let partial = step(id, "begin", begin(fixed, order)).await?;
+            Some(match held && fixed.shared.node.images.precopy {
+                true => step(id, "pre-copy", precopy::run(fixed, pid, partial, until)).await?,
+                false => (partial, None),
+            })
+        }
+        None => None,
+    };
     if held {
         if let Err(error) = step(id, "hold", hold::hold(fixed, pid)).await {
             // It may be frozen, or half of it.
@@ -63,7 +74,17 @@ pub(crate) async fn run(
         hold::require_dumpable(fixed, pid)?;
     }
     let made = match destination {
-        Some(partial) => sealed(fixed, pid, &spec, facts, partial, &work, release).await,
+        Some((partial, precopy)) => {
+            let job = window::Job {
+                init: pid,
+                spec: &spec,
+                partial,
+                precopy,
+                work: &work,
+                until,
+            };
+            sealed(fixed, job, facts, release).await
+        }
         None => plainly(fixed, request, &facts, &work, release).await,
     };
     if let Err(error) = made {
@@ -201,23 +222,16 @@ async fn facts(fixed: &Fixed, spec: &Spec, request: &CheckpointRequest) -> Resul
 /// A dump into our store, sealed and published.
 async fn sealed(
     fixed: &Arc<Fixed>,
-    pid: i32,
-    spec: &Spec,
+    job: window::Job<'_>,
     mut facts: Facts,
-    partial: Partial,
-    work: &Path,
     release: bool,
 ) -> Result<(), Error> {
     facts.dump.lazy = true;
-    facts.source = partial.source().clone();
+    facts.source = job.partial.source().clone();
     facts.source.container.clone_from(&fixed.id);
     facts.source.pod.clone_from(&fixed.plan.identity.pod);
-    let (partial, taken) = step(
-        &fixed.id,
-        "dump",
-        window::dump(fixed, pid, spec, &facts.dump, partial, work),
-    )
-    .await?;
+    let dump = window::dump(fixed, job, &facts.dump);
+    let (partial, taken) = step(&fixed.id, "dump", dump).await?;
     if release {
         // They go on before the image is sealed.
         step(&fixed.id, "release", async {
@@ -225,6 +239,9 @@ async fn sealed(
         })
         .await?;
     }
+    // What was written is watched no more. They go on meanwhile.
+    let precopy = taken.precopy;
+    blocking(move || drop(precopy)).await?;
     facts.processes = processes(&taken.tasks);
     let id = fixed.id.clone();
     let sealing = async {

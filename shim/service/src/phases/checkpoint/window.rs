@@ -20,6 +20,7 @@ use rekindle_checkpoint::{
     manifest::{DumpFlags, SHM_FILE, UPPER_FILE},
     page_server::CHILD_FD,
     pages::{self, Tasks},
+    precopy::{Precopied, Precopy},
 };
 use tokio::net::unix::pipe;
 
@@ -38,26 +39,46 @@ const SHM: &str = "/dev/shm";
 /// Where runc writes one byte when the window is open. Beside [`CHILD_FD`], for the same reason as high.
 const STATUS_FD: i32 = CHILD_FD + 1;
 
+/// What is to be dumped, and where to.
+#[derive(Debug)]
+pub(super) struct Job<'a> {
+    pub(super) init: i32,
+    pub(super) spec: &'a Spec,
+    pub(super) partial: Partial,
+    /// What was stored while the tasks ran.
+    pub(super) precopy: Option<Precopy>,
+    pub(super) work: &'a Path,
+    /// When memory that is not copied is given up.
+    pub(super) until: Instant,
+}
+
 /// What was taken while the tasks stood still.
 #[derive(Debug)]
 pub(super) struct Taken {
     pub(super) tasks: Tasks,
+    /// Still watching. To end that takes time, for which nobody has to stand still.
+    pub(super) precopy: Option<Precopy>,
     /// From the beginning of the dump to its end. The tasks stood still for longer: since they were held before it,
     /// until they are released after it.
     pub(super) stopped: Duration,
 }
 
-/// Dumps into `partial`.
+/// Does it.
 pub(super) async fn dump(
     fixed: &Arc<Fixed>,
-    pid: i32,
-    spec: &Spec,
+    job: Job<'_>,
     flags: &DumpFlags,
-    partial: Partial,
-    work: &Path,
 ) -> Result<(Partial, Taken), Error> {
     let began = Instant::now();
-    let deadline = fixed.shared.node.deadlines.checkpoint;
+    let Job {
+        init,
+        spec,
+        partial,
+        mut precopy,
+        work,
+        until,
+    } = job;
+    let rest = until.saturating_duration_since(began);
     let cannot = |reason: String| PhaseError::CannotCheckpoint {
         id: fixed.id.clone(),
         reason,
@@ -95,7 +116,7 @@ pub(super) async fn dump(
     // While we hold their ends too we would not see them die.
     drop((theirs, opened));
     // The copy cannot be taken back, so a dump that it made late still has its time to end.
-    let ended = fixed.runc.wait(running, deadline + CLOSING);
+    let ended = fixed.runc.wait(running, rest + CLOSING);
     tokio::pin!(ended);
 
     let is_open = window_opens(open);
@@ -113,7 +134,7 @@ pub(super) async fn dump(
     done(&fixed.id, "dump: until the window opens", began);
     let from = Sources {
         id: fixed.id.clone(),
-        init: pid,
+        init,
         upper: fixed.rootfs.upper_layer(),
         // Only what the sandbox lends: a tmpfs of the container's own is in CRIU's images.
         shm: spec.bind_source(SHM).is_some(),
@@ -129,19 +150,20 @@ pub(super) async fn dump(
     };
     let abort = link.abort().map_err(|e| cannot(sentence(&e)))?;
     let copying = blocking(move || {
-        let taken = from.take(&partial)?;
+        let before = precopy.as_mut().map(Precopy::settle).unwrap_or_default();
+        let tasks = from.take(&partial, &before)?;
         // Closed here, on the thread that may wait; dropped by an error above it, it ends the dump too.
         link.close(CLOSING).map_err(|e| sentence(&e))?;
-        Ok((partial, taken))
+        Ok((partial, tasks, precopy))
     });
-    let copied = match tokio::time::timeout_at((began + deadline).into(), copying).await {
+    let copied = match tokio::time::timeout_at(until.into(), copying).await {
         Ok(copied) => copied?,
         // Its thread may be stuck in a disk that does not answer. The tasks do not wait for that.
         Err(_) => {
             abort.end();
             Err(format!(
                 "its memory was not copied within the {} s of deadlines.checkpoint",
-                deadline.as_secs()
+                fixed.shared.node.deadlines.checkpoint.as_secs()
             ))
         }
     };
@@ -149,7 +171,7 @@ pub(super) async fn dump(
     let closed = Instant::now();
     let ended = ended.await;
     done(&fixed.id, "dump: its end", closed);
-    let (partial, tasks) = copied
+    let (partial, tasks, precopy) = copied
         .map_err(|reason: String| match &ended {
             // When CRIU failed first, the reason is in its log.
             Err(_) => format!("{reason}; the dump was given up and the tasks run on"),
@@ -161,6 +183,7 @@ pub(super) async fn dump(
         partial,
         Taken {
             tasks,
+            precopy,
             stopped: began.elapsed(),
         },
     ))
@@ -200,7 +223,7 @@ struct Sources {
 }
 
 impl Sources {
-    fn take(&self, partial: &Partial) -> Result<Tasks, String> {
+    fn take(&self, partial: &Partial, before: &Precopied) -> Result<Tasks, String> {
         let words = |e: &dyn std::error::Error| sentence(e);
         let criu = partial.criu_dir();
         let mounts = || self.mounts.iter().map(String::as_str);
@@ -212,10 +235,11 @@ impl Sources {
             .require_travelling(mounts(), &travelling)
             .map_err(|e| words(&e))?;
         let memory = pages::lazy_bytes(&criu).map_err(|e| words(&e))?;
-        partial.require_space(memory).map_err(|e| words(&e))?;
+        let missing = memory.saturating_sub(before.bytes());
+        partial.require_space(missing).map_err(|e| words(&e))?;
         done(&self.id, "dump: what there is", began);
         let began = Instant::now();
-        pages::take_pages(&criu, &tasks, partial.chunks()).map_err(|e| words(&e))?;
+        pages::take_pages(&criu, &tasks, before, partial.chunks()).map_err(|e| words(&e))?;
         done(&self.id, "dump: pages", began);
         let began = Instant::now();
         if let Some(upper) = &self.upper {

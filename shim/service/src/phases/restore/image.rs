@@ -3,9 +3,8 @@
 use std::{
     io::{self, Read},
     path::PathBuf,
-    process::Command,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use rekindle_checkpoint::{
@@ -16,15 +15,14 @@ use rekindle_checkpoint::{
     fit::{container_facts, fit},
 };
 use rekindle_core::{config::Paging, plan::RestorePlan};
-use serde::Deserialize;
 
 use super::{PhaseError, late, step};
 use crate::{
     bundle::{SHM, Spec},
+    container_image,
     context::Fixed,
-    data,
     error::{Error, sentence},
-    keys, programs,
+    keys,
     threads::blocking,
 };
 
@@ -142,41 +140,10 @@ async fn lazily(fixed: &Fixed) -> Result<bool, Error> {
     }
 }
 
-#[derive(Deserialize)]
-struct Answer {
-    digest: String,
-}
-
-/// The digest of the container's image, which only containerd knows. Not known is not compared: CRIU
-/// itself compares the build ids of the files it maps.
+/// The digest of the container's image. Not known is not compared: CRIU itself compares the build ids of the files
+/// it maps.
 async fn digest(fixed: &Fixed) -> Option<String> {
-    #[allow(
-        clippy::disallowed_methods,
-        reason = "asks containerd, whose client the shim does not link"
-    )]
-    let mut command = Command::new(data::program());
-    command.args([
-        "container-image",
-        "--id",
-        &fixed.id,
-        "--namespace",
-        &fixed.shared.namespace,
-    ]);
-    command.args(["--address", &fixed.shared.containerd]);
-    match programs::capture(&fixed.runc.exits, command, Duration::from_secs(5)).await {
-        Ok((0, text)) => {
-            let answer: Answer = serde_json::from_str(&text).ok()?;
-            Some(answer.digest).filter(|digest| !digest.is_empty())
-        }
-        other => {
-            tracing::warn!(
-                id = fixed.id,
-                ?other,
-                "the container image's digest is not known and not compared"
-            );
-            None
-        }
-    }
+    container_image::ask(fixed).await?.digest
 }
 
 /// Not to be dropped half-way: its thread would go on, below a root that is mounted by then. It ends by
