@@ -6,6 +6,7 @@
 mod command;
 mod damaged;
 mod heap;
+mod imaging;
 mod interrupted;
 mod pods;
 mod refused;
@@ -63,6 +64,7 @@ images! {
         }
         heap {
             memory_is_what_it_was
+            memory_that_changes_is_what_it_was
             forked_processes_keep_theirs
         }
         sealed {
@@ -106,6 +108,11 @@ images! {
             a_link_in_place_of_a_file
             a_manifest_of_another_image
             a_pagemap_that_claims_a_billion_pages
+        }
+        imaging {
+            on_a_timer
+            before_it_hears_of_sigterm
+            a_sigkill_ends_it_without_an_image
         }
         command {
             an_image_is_shown

@@ -4,7 +4,8 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     os::{fd::OwnedFd, unix::fs::FileTypeExt},
-    path::Path,
+    path::{Path, PathBuf},
+    time::Duration,
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -15,6 +16,10 @@ use crate::{error::Error, sys};
 
 /// One read. A FIFO holds 64 KiB; 16 KiB keeps a hundred idle pods small and costs a busy one little.
 const CHUNK: usize = 16 << 10;
+/// How long an output that has ended waits for its first reader: less than `Delete` waits for all output.
+const LATE: Duration = Duration::from_secs(5);
+/// How often it is looked for.
+const AGAIN: Duration = Duration::from_millis(20);
 
 fn nonblocking(fd: &OwnedFd) -> Result<(), Error> {
     fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
@@ -41,6 +46,8 @@ pub(crate) enum Writer {
 pub(crate) enum Sink {
     /// A FIFO, or a pipe to a logging program.
     Pipe(pipe::Sender),
+    /// A FIFO that nobody had opened yet.
+    Unread(pipe::Sender, PathBuf),
     File(File),
 }
 
@@ -149,13 +156,17 @@ impl Sink {
                 if !kind.file_type().is_fifo() {
                     return Self::append(path, false);
                 }
+                let reader = reader_of(path);
                 // Read and write: opening does not wait for a reader, and a reader that goes away (a
                 // restart of containerd) is no error. The reader sees the end when we close.
-                pipe::OpenOptions::new()
+                let fifo = pipe::OpenOptions::new()
                     .read_write(true)
                     .open_sender(path)
-                    .map(Self::Pipe)
-                    .map_err(Error::file("opening the output FIFO", path))
+                    .map_err(Error::file("opening the output FIFO", path))?;
+                Ok(match reader {
+                    Some(_) => Self::Pipe(fifo),
+                    None => Self::Unread(fifo, path.clone()),
+                })
             }
             Target::File(path) => {
                 if let Some(folder) = path.parent() {
@@ -191,7 +202,7 @@ impl Sink {
     async fn all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::File(file) => file.write_all(bytes),
-            Self::Pipe(pipe) => {
+            Self::Pipe(pipe) | Self::Unread(pipe, _) => {
                 while !bytes.is_empty() {
                     match try_pipe(pipe, bytes).await {
                         Ok(n) => bytes = &bytes[n..],
@@ -205,6 +216,38 @@ impl Sink {
     }
 }
 
+impl Sink {
+    /// No more comes. A client that has not opened its end yet would find neither the output nor its end any more,
+    /// and wait for ever: its end is waited for.
+    async fn end(self) {
+        let Self::Unread(fifo, path) = self else {
+            return;
+        };
+        // For writing only, and instead of the one that reads, too: what is in the FIFO stays, and the kernel tells
+        // whether anyone reads.
+        let Ok(_held) = pipe::OpenOptions::new().open_sender(&path) else {
+            return;
+        };
+        drop(fifo);
+        let read = async {
+            while reader_of(&path).is_none() {
+                tokio::time::sleep(AGAIN).await;
+            }
+        };
+        if tokio::time::timeout(LATE, read).await.is_err() {
+            tracing::debug!(fifo = %path.display(), "nobody has read this output");
+        }
+    }
+}
+
+/// A writer to a FIFO, where somebody reads or waits to read it. To be held until there is another one: to a reader the
+/// last writer is the end.
+fn reader_of(path: &Path) -> Option<OwnedFd> {
+    // Without a reader, opening for writing fails at once.
+    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    nix::fcntl::open(path, flags, nix::sys::stat::Mode::empty()).ok()
+}
+
 /// Copies output until its end. If it cannot be written it is read all the same, so that the process
 /// does not stop at a full pipe.
 pub(crate) async fn output(from: Reader, mut to: Sink) {
@@ -213,7 +256,7 @@ pub(crate) async fn output(from: Reader, mut to: Sink) {
         // Allocated anew for each burst: an idle stream holds no buffer.
         let mut buffer = Vec::new();
         match from.next(&mut buffer).await {
-            Ok(0) => return,
+            Ok(0) => return to.end().await,
             Ok(n) if !broken => {
                 if let Err(error) = to.all(&buffer[..n]).await {
                     tracing::warn!(%error, "output is lost from here on");
@@ -315,6 +358,27 @@ mod tests {
             .unwrap();
         assert_eq!(reader.await.unwrap(), expected);
         copying.await.unwrap();
+    }
+
+    /// A regression: the output of a short exec was lost, and its reader waited for ever, where the machine was so
+    /// busy that the client opened its end after the process had ended.
+    #[tokio::test]
+    async fn output_reaches_a_reader_that_comes_when_all_is_over() {
+        for said in [&b"77\n"[..], b""] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("out");
+            mkfifo(&path, Mode::S_IRWXU).unwrap();
+            let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+            let sink = Sink::open(&Target::Path(path.clone())).unwrap();
+            let copying = tokio::spawn(output(Reader::pipe(read).unwrap(), sink));
+            File::from(write).write_all(said).unwrap();
+            // Time enough for all that is to be copied.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let reader = tokio::task::spawn_blocking(move || fs::read(path).unwrap());
+            let all = tokio::time::timeout(Duration::from_secs(4), reader).await;
+            assert_eq!(all.expect("its reader waits for ever").unwrap(), said);
+            copying.await.unwrap();
+        }
     }
 
     #[tokio::test]

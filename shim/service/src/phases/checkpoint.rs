@@ -259,6 +259,7 @@ async fn sealed(
         id,
         image = image.reference(),
         stopped_ms = taken.stopped.as_millis(),
+        precopied = taken.precopied,
         "image sealed"
     );
     Ok(())

@@ -56,6 +56,8 @@ pub(super) struct Job<'a> {
 #[derive(Debug)]
 pub(super) struct Taken {
     pub(super) tasks: Tasks,
+    /// Bytes of memory that were stored before.
+    pub(super) precopied: u64,
     /// Still watching. To end that takes time, for which nobody has to stand still.
     pub(super) precopy: Option<Precopy>,
     /// From the beginning of the dump to its end. The tasks stood still for longer: since they were held before it,
@@ -154,7 +156,7 @@ pub(super) async fn dump(
         let tasks = from.take(&partial, &before)?;
         // Closed here, on the thread that may wait; dropped by an error above it, it ends the dump too.
         link.close(CLOSING).map_err(|e| sentence(&e))?;
-        Ok((partial, tasks, precopy))
+        Ok((partial, tasks, before.bytes(), precopy))
     });
     let copied = match tokio::time::timeout_at(until.into(), copying).await {
         Ok(copied) => copied?,
@@ -171,7 +173,7 @@ pub(super) async fn dump(
     let closed = Instant::now();
     let ended = ended.await;
     done(&fixed.id, "dump: its end", closed);
-    let (partial, tasks, precopy) = copied
+    let (partial, tasks, precopied, precopy) = copied
         .map_err(|reason: String| match &ended {
             // When CRIU failed first, the reason is in its log.
             Err(_) => format!("{reason}; the dump was given up and the tasks run on"),
@@ -183,6 +185,7 @@ pub(super) async fn dump(
         partial,
         Taken {
             tasks,
+            precopied,
             precopy,
             stopped: began.elapsed(),
         },
