@@ -42,6 +42,7 @@ checks! {
     a_kill_for_want_of_memory_is_told
     a_plain_checkpoint_continues
     a_named_image_continues_in_a_new_container
+    memory_is_stored_before_the_stop_and_is_what_it_was
     a_container_with_its_own_network_continues
     a_restored_container_is_one_like_any_other
     every_process_is_who_it_was

@@ -10,7 +10,7 @@
 //! An image exists only when its manifest does, and a process gets its bytes only through a
 //! [`VerifiedImage`]: there is no way from a [`SealedImage`] to its CRIU folder.
 //!
-//! No runtime and no network: every call blocks. At most two threads and a few MiB of buffers are used,
+//! No runtime and no network: every call blocks. At most eight threads and a MiB of buffers for each are used,
 //! whatever the image's size, for all of this runs inside the shim, but for [`pager::serve`], which is a
 //! process of its own.
 #![warn(missing_docs)]

@@ -6,7 +6,7 @@
 //!  pagemap-7.img   present  both  both  present      ours            pages-3.img  aa bb cc dd, as a stream
 //! ```
 //! The pages file holds the present runs in the pagemap's order. It becomes a [stream](crate::chunks) of the
-//! image: a plan of pieces, each of the dump's own pages and of the task's memory, is worked off by two threads.
+//! image: a plan of pieces, each of the dump's own pages and of the task's memory, is worked off by some threads.
 
 use std::{
     collections::BTreeSet,
@@ -24,7 +24,7 @@ mod copy;
 mod plan;
 mod tasks;
 
-pub use tasks::{Task, Tasks};
+pub use tasks::{Task, Tasks, start_time};
 
 /// Why the pages could not be copied. The checkpoint must fail then: the image has holes.
 #[derive(Debug, thiserror::Error)]

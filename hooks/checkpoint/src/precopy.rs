@@ -6,14 +6,16 @@
 //!  we                   copy all     copy what     settle: what is still
 //!                                    was written   as it was copied ─▶ Precopied
 //! ```
-//! [`Precopy::mark`] asks the kernel to remember from now on which pages are written. It is to be called only while the tasks are held: what the hardware writes into a page for a
-//! call that is under way (a read past the page cache) is not remembered by one of the two trackers.
-//! [`Precopy::settle`] is called when they are stopped for good, and keeps what is as it was copied: a page that is
-//! still there, in a mapping that is still watched, and was not written since its mark. Everything else is read by
-//! the dump itself. So nothing here is needed, and whatever it does not understand it leaves out.
+//! [`Precopy::mark`] asks the kernel to remember from now on which pages are written. It is to be called only while
+//! the tasks are held: what the hardware writes into a page for a call that is under way (a read past the page cache)
+//! is not remembered. [`Precopy::settle`] is called when they are stopped for good, and keeps what is as it was copied:
+//! a page that is still there, in a mapping that is still watched, and was not written since its mark. Everything else is
+//! read by the dump itself. So nothing here is needed, and whatever it does not understand it leaves out.
 //!
-//! Two trackers: soft-dirty bits (`CONFIG_MEM_SOFT_DIRTY`), and where the kernel has none, asynchronous write
-//! protection by a userfaultfd (Linux 6.7), which the process itself has to open: [`userfaultfd`].
+//! The kernel remembers by asynchronous write protection (Linux 6.7), for which the process itself has to open a
+//! [`userfaultfd`]. Soft-dirty bits, by which CRIU's pre-dump goes, need nothing of the process and are of no use: each
+//! new mapping that the kernel joins to one beside it makes all of that look written (measured on 6.12: a program that
+//! allocates megabytes at a time had no clean page left).
 
 use std::{
     collections::HashMap,
@@ -32,7 +34,7 @@ use nix::{
 
 use crate::{
     chunks::{CHUNK, ChunkError, ChunkWriter, Part, Room},
-    pages::{Task, Tasks},
+    pages::{Task, Tasks, start_time},
     parallel::{BUFFER, in_parallel},
 };
 
@@ -41,8 +43,8 @@ mod kernel;
 mod tracker;
 pub mod userfaultfd;
 
-use tracker::Tracker;
-pub use tracker::has_soft_dirty;
+use kernel::Ask;
+use tracker::{Tracker, find};
 
 /// Blocks that are read at a time.
 const BATCH: usize = BUFFER / CHUNK;
@@ -81,25 +83,18 @@ struct Block {
 }
 
 impl Precopy {
-    /// For tasks that run, of which those with a userfaultfd, by their numbers here, are watched by that; the others
-    /// by soft-dirty bits. None where no task can be watched.
+    /// For tasks that run, as far as there are userfaultfds of them, by their numbers here. None where no task can be
+    /// watched.
     pub fn new(tasks: &Tasks, mut userfaultfds: HashMap<i32, OwnedFd>) -> Option<Self> {
-        let mut memories = Vec::new();
-        for task in tasks.all() {
-            let tracker = match userfaultfds.remove(&task.pid) {
-                Some(fd) => Tracker::write_protect(fd),
-                None if has_soft_dirty() => Some(Tracker::SoftDirty),
-                None => None,
-            };
-            if let (Some(tracker), Ok(begun)) = (tracker, areas::start_time(task.pid)) {
-                memories.push(Memory {
-                    task,
-                    begun,
-                    tracker,
-                    cells: HashMap::new(),
-                });
-            }
-        }
+        let watched = tasks.all().into_iter().filter_map(|task| {
+            Some(Memory {
+                tracker: Tracker::new(userfaultfds.remove(&task.pid)?)?,
+                begun: start_time(task.pid).ok()?,
+                task,
+                cells: HashMap::new(),
+            })
+        });
+        let memories: Vec<Memory> = watched.collect();
         (!memories.is_empty()).then_some(Self(memories))
     }
 
@@ -130,7 +125,7 @@ impl Precopy {
     /// Bytes in blocks that have been written since the last mark, about.
     pub fn written(&self) -> u64 {
         let written = self.0.iter().map(|memory| {
-            let pages = memory.tracker.written(memory.task.pid).unwrap_or_default();
+            let pages = find(memory.task.pid, Ask::Written).unwrap_or_default();
             split(&pages).len() as u64 * CHUNK as u64
         });
         written.sum()
@@ -175,7 +170,7 @@ impl Precopied {
 
 impl Memory {
     fn copy(&mut self, writer: &ChunkWriter, until: Instant) -> Result<u64, ChunkError> {
-        let Ok(present) = self.tracker.present(self.task.pid) else {
+        let Ok(present) = find(self.task.pid, Ask::Present) else {
             return Ok(0);
         };
         let mut blocks = split(&present);
@@ -202,9 +197,9 @@ impl Memory {
     /// Drops the cells that may not be what is in memory now.
     fn settle(&mut self) {
         // Its number may be another process's by now, a copy of which may look unwritten.
-        let same = areas::start_time(self.task.pid).is_ok_and(|begun| begun == self.begun);
+        let same = start_time(self.task.pid).is_ok_and(|begun| begun == self.begun);
         let unwritten = match same {
-            true => self.tracker.unwritten(self.task.pid).unwrap_or_default(),
+            true => find(self.task.pid, Ask::Unwritten).unwrap_or_default(),
             false => Vec::new(),
         };
         let sure: HashMap<u64, u64> = split(&unwritten)

@@ -120,16 +120,6 @@ pub(crate) fn kill_children(pid: i32) {
     }
 }
 
-/// When a process was started, in ticks since the machine's start: `starttime` of `proc_pid_stat(5)`.
-pub(crate) fn start_time(pid: i32) -> io::Result<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // Its name, in parentheses, may have any character.
-    let behind = stat.rsplit_once(')').map_or("", |(_, behind)| behind);
-    let ticks = behind.split_ascii_whitespace().nth(19);
-    let ticks = ticks.and_then(|text| text.parse().ok());
-    ticks.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no start time"))
-}
-
 /// A user namespace that nobody is in, with the lines of its `uid_map` and `gid_map`.
 pub(crate) fn user_namespace(uids: &str, gids: &str) -> io::Result<OwnedFd> {
     /// Ends the process that was made for it.

@@ -1,4 +1,4 @@
-//! Two threads between a stopped task's memory and the chunks of an image.
+//! Some threads between a stopped task's memory and the chunks of an image.
 
 use std::{
     fs::{self, File},

@@ -117,6 +117,19 @@ fn children(pid: i32) -> Result<Vec<i32>, PagesError> {
     Ok(found)
 }
 
+/// When a process began, in ticks since the host's start (`/proc/<pid>/stat`): with its number, which process it is.
+///
+/// # Errors
+/// When there is no such process.
+pub fn start_time(pid: i32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // Its name, in parentheses, may have any character.
+    let behind = stat.rsplit_once(')').map_or("", |(_, behind)| behind);
+    let ticks = behind.split_ascii_whitespace().nth(19);
+    let ticks = ticks.and_then(|text| text.parse().ok());
+    ticks.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no start time"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,6 +156,7 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(tasks.iter().any(|task| task.pid == me && task.rss > 0));
+        assert!(start_time(me).unwrap() > 0);
         assert!(
             tasks
                 .iter()

@@ -1,6 +1,6 @@
 //! What the kernel tells of a process's pages, and how it is asked to watch them.
 //!
-//! Sources: `Documentation/admin-guide/mm/{pagemap,soft-dirty,userfaultfd}.rst` and `fs/proc/task_mmu.c` of
+//! Sources: `Documentation/admin-guide/mm/{pagemap,userfaultfd}.rst` and `fs/proc/task_mmu.c` of
 //! Linux 6.12.
 #![allow(unsafe_code, reason = "the system calls of pagemap and userfaultfd")]
 
@@ -8,10 +8,7 @@ use std::{
     fs::File,
     io,
     ops::Range,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::FileExt,
-    },
+    os::fd::{AsRawFd, OwnedFd},
 };
 
 use linux_raw_sys::general::{
@@ -20,8 +17,6 @@ use linux_raw_sys::general::{
     PM_SCAN_WP_MATCHING, UFFD_API, UFFD_FEATURE_WP_ASYNC, UFFDIO, UFFDIO_REGISTER_MODE_WP,
     page_region, pm_scan_arg, uffdio_api, uffdio_range, uffdio_register, uffdio_writeprotect,
 };
-
-use super::page_size;
 
 mod ioctl {
     use super::*;
@@ -40,14 +35,6 @@ mod ioctl {
 
 /// Ranges that one call of `PAGEMAP_SCAN` tells.
 const REGIONS: usize = 1024;
-/// Entries of a pagemap that are read at a time.
-const ENTRIES: usize = 16 << 10;
-
-/// Bits of an entry of `/proc/<pid>/pagemap`.
-const SOFT_DIRTY: u64 = 1 << 55;
-const SWAPPED: u64 = 1 << 62;
-const PRESENT: u64 = 1 << 63;
-
 /// Which pages are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ask {
@@ -59,7 +46,7 @@ pub(super) enum Ask {
     Unwritten,
 }
 
-/// The pages of `area` that are asked for, in order, by write protection.
+/// The pages of `area` that are asked for, in order.
 pub(super) fn scan(pagemap: &File, area: &Range<u64>, ask: Ask) -> io::Result<Vec<Range<u64>>> {
     let (mask, inverted) = match ask {
         Ask::Present => (0, 0),
@@ -122,43 +109,11 @@ fn walk(
     Ok(found)
 }
 
-/// The same as [`scan`] by soft-dirty bits, of which `/proc/<pid>/pagemap` has one for each page.
-pub(super) fn read(pagemap: &File, area: &Range<u64>, ask: Ask) -> io::Result<Vec<Range<u64>>> {
-    let page = page_size();
-    let mut found = Vec::new();
-    let mut buffer = vec![0; ENTRIES * 8];
-    let mut at = area.start;
-    while at < area.end {
-        let entries = ((area.end - at) / page).min(ENTRIES as u64) as usize;
-        let bytes = &mut buffer[..entries * 8];
-        pagemap.read_exact_at(bytes, at / page * 8)?;
-        for entry in bytes.as_chunks::<8>().0 {
-            let entry = u64::from_ne_bytes(*entry);
-            let dirty = entry & SOFT_DIRTY != 0;
-            let asked = match ask {
-                Ask::Present => true,
-                Ask::Written => dirty,
-                Ask::Unwritten => !dirty,
-            };
-            if asked && entry & (PRESENT | SWAPPED) != 0 {
-                push(&mut found, at..at + page);
-            }
-            at += page;
-        }
-    }
-    Ok(found)
-}
-
 fn push(found: &mut Vec<Range<u64>>, range: Range<u64>) {
     match found.last_mut() {
         Some(last) if last.end == range.start => last.end = range.end,
         _ => found.push(range),
     }
-}
-
-/// Forgets what a process has written; what it writes from here on is remembered.
-pub(super) fn clear_soft_dirty(pid: i32) -> io::Result<()> {
-    std::fs::write(format!("/proc/{pid}/clear_refs"), "4")
 }
 
 /// Makes a new userfaultfd remember writes without telling anyone of them.

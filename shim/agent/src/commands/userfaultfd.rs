@@ -1,5 +1,5 @@
-//! `rekindle userfaultfd`: hidden; the process that a shim starts to watch what a container's tasks write, where the
-//! kernel has no other way. It is a process of its own for the time that it traces the tasks.
+//! `rekindle userfaultfd`: hidden; the process that a shim starts so that it can watch what a container's tasks write.
+//! It is a process of its own for the time that it traces the tasks.
 
 use std::{
     io,

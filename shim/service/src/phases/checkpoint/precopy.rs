@@ -19,7 +19,7 @@ use rekindle_checkpoint::{
     Partial,
     chunks::ChunkError,
     pages::Tasks,
-    precopy::{Precopy, has_soft_dirty, userfaultfd},
+    precopy::{Precopy, userfaultfd},
 };
 
 use super::{PhaseError, done};
@@ -59,10 +59,7 @@ pub(super) async fn run(
     partial
         .require_space(memory)
         .map_err(|e| cannot(fixed, &e))?;
-    let lent = match has_soft_dirty() {
-        true => HashMap::new(),
-        false => borrow(fixed, &tasks).await,
-    };
+    let lent = borrow(fixed, &tasks).await;
     let Some(mut precopy) = Precopy::new(&tasks, lent) else {
         return Ok((partial, None));
     };

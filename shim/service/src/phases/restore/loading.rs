@@ -10,6 +10,7 @@ use std::{
 use rekindle_checkpoint::{
     StagedImage,
     pager::{Ended, Pager, PagerExit},
+    pages::start_time,
 };
 
 use super::PhaseError;
@@ -120,7 +121,7 @@ impl Loading {
 }
 
 fn remember(bundle: &Path, pid: i32) -> io::Result<()> {
-    let begun = sys::start_time(pid)?;
+    let begun = start_time(pid)?;
     std::fs::write(bundle.join(PAGER_PID), format!("{pid} {begun}"))
 }
 
@@ -134,7 +135,7 @@ pub(crate) fn end_orphaned(bundle: &Path) {
         return;
     };
     if let (Ok(pid), Ok(begun)) = (pid.parse(), begun.parse::<u64>())
-        && sys::start_time(pid).is_ok_and(|now| now == begun)
+        && start_time(pid).is_ok_and(|now| now == begun)
     {
         let _ = sys::kill(pid, libc::SIGKILL);
     }
