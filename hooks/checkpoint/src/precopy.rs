@@ -100,13 +100,11 @@ impl Precopy {
 
     /// Watches from here on. Only while the tasks are held.
     pub fn mark(&mut self) {
-        for memory in &mut self.0 {
+        self.0.retain_mut(|memory| {
             memory.settle();
-            // What cannot be watched any more has no cells: it has ended, or has another program.
-            if memory.tracker.mark(memory.task.pid).is_err() {
-                memory.cells.clear();
-            }
-        }
+            // What cannot be watched is left to the dump: it has ended, say.
+            memory.tracker.mark(memory.task.pid).is_ok()
+        });
     }
 
     /// Stores, while the tasks run, what has not been stored as it was at the last mark. What is left at `until` is

@@ -1,12 +1,29 @@
 //! Which parts of a process's address space are worth watching.
 
-use std::{io, ops::Range};
+use std::{fs, io, ops::Range, path::Path};
 
 use super::proc_file;
 
 /// The private anonymous mappings of a process, in order: what a dump leaves to us.
 pub(super) fn anonymous(pid: i32) -> io::Result<Vec<Range<u64>>> {
     Ok(parse(&io::read_to_string(proc_file(pid, "maps")?)?))
+}
+
+/// Whether a process has a ring of `io_setup` or of `io_uring_setup`.
+pub(super) fn reads_asynchronously(pid: i32) -> io::Result<bool> {
+    let maps = io::read_to_string(proc_file(pid, "maps")?)?;
+    let mut rings = maps.lines().filter(|line| {
+        // Name of the former's mapping, and what the latter's maps.
+        line.contains(" /[aio] ") || line.contains(" anon_inode:[io_uring]")
+    });
+    if rings.next().is_some() {
+        return Ok(true);
+    }
+    // One that has none of its queues mapped.
+    let mut open = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+    Ok(open.any(|fd| {
+        fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("anon_inode:[io_uring]"))
+    }))
 }
 
 fn parse(maps: &str) -> Vec<Range<u64>> {

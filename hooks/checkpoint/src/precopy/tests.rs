@@ -46,6 +46,8 @@ enum Do {
     /// The block behind that of the page is moved to it.
     Move,
     Fork,
+    /// It sets up a ring of the kernel's asynchronous I/O.
+    ReadAhead,
     /// Nothing but an answer.
     Wait,
 }
@@ -176,6 +178,10 @@ fn obey(begin: usize, from: &mut PipeReader, back: &mut PipeWriter) -> ! {
                         libc::_exit(0);
                     }
                     libc::waitpid(child, std::ptr::null_mut(), 0);
+                }
+                n if n == Do::ReadAhead as u8 => {
+                    let mut ring: libc::c_ulong = 0;
+                    libc::syscall(libc::SYS_io_setup, 8, &raw mut ring);
                 }
                 _ => {}
             }
@@ -338,6 +344,26 @@ fn a_process_that_is_gone_has_no_copy() {
     drop(process);
     precopy.mark();
     assert_eq!(precopy.copy(&writer, later()).unwrap(), 0);
+}
+
+/// What a disk writes for a read that is under way is seen by nobody.
+#[test]
+fn a_process_that_reads_asynchronously_is_left_to_the_dump() {
+    let mut process = Process::new();
+    let Some(mut precopy) = process.watched() else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let writer = writer(&dir);
+    precopy.mark();
+    precopy.copy(&writer, later()).unwrap();
+    assert!(precopy.settle().bytes() > 0);
+    precopy.mark();
+    precopy.copy(&writer, later()).unwrap();
+    process.tell(Do::ReadAhead, 0);
+    precopy.mark();
+    assert_eq!(precopy.copy(&writer, later()).unwrap(), 0);
+    assert_eq!(precopy.settle().bytes(), 0);
 }
 
 /// The promise: a process that was made to open a descriptor goes on as if nothing had been.

@@ -20,7 +20,14 @@ impl Tracker {
     }
 
     /// Watches from here on; what was written until now is forgotten.
+    ///
+    /// # Errors
+    /// Also for a process that reads asynchronously: what a disk writes into its memory for a read that has begun
+    /// before is remembered by nobody.
     pub(super) fn mark(&self, pid: i32) -> io::Result<()> {
+        if areas::reads_asynchronously(pid)? {
+            return Err(io::Error::other("it reads asynchronously"));
+        }
         let pagemap = proc_file(pid, "pagemap")?;
         for area in areas::anonymous(pid)? {
             // Not so where the process has a userfaultfd of its own, say: that area is not watched then.
