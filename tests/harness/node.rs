@@ -16,12 +16,14 @@ pub(crate) mod machine;
 mod seed;
 
 use crate::{Image, container, events::Events, poll, root, root::Suite};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use containerd_client::Client;
 use keeper::Keeper;
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 use tokio::net::UnixListener;
 
 /// The containerd namespace of everything that does not come through CRI.
@@ -377,6 +379,29 @@ impl Node {
             Ok(()) => Ok(()),
             Err(e) => Err(e.context(format!("containerd's log ends with\n{}", self.log_tail(15)))),
         }
+    }
+
+    /// Waits until a line of containerd's log, which has the shims' too, has all of `words`. It looks each millisecond.
+    pub async fn logs(&self, words: &[&str]) -> Result<()> {
+        let deadline = tokio::time::Instant::now() + *poll::DEADLINE;
+        let path = self.path("/var/log/containerd.log");
+        let mut log = BufReader::new(fs::File::open(&path)?);
+        let mut line = String::new();
+        while tokio::time::Instant::now() < deadline {
+            // What is read of a line that is not written whole stays.
+            if log.read_line(&mut line)? == 0 || !line.ends_with('\n') {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                continue;
+            }
+            if words.iter().all(|word| line.contains(word)) {
+                return Ok(());
+            }
+            line.clear();
+        }
+        bail!(
+            "waited in vain for a line with {words:?} in {}",
+            path.display()
+        )
     }
 
     /// The last lines of containerd's log, where the shims log too.

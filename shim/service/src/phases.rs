@@ -32,6 +32,7 @@ async fn step<T>(
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
     let began = Instant::now();
+    tracing::debug!(id, step = ?name, "begins");
     let result = work.await;
     match &result {
         Ok(_) => done(id, name, began),

@@ -73,7 +73,7 @@ pub(crate) async fn memory_is_what_it_was(stage: &Stage) -> Result<()> {
 }
 
 /// As [`PROGRAM`], and in every round the next of the strings gets another pattern.
-const CHANGING: &str = r#"
+pub(crate) const CHANGING: &str = r#"
 function fill(i,  s) { s = sprintf("%08d:%s:%08d:", i, nonce, v[i]); while (length(s) < 4194304) s = s s; return s }
 BEGIN {
   "cat /proc/sys/kernel/random/uuid" | getline nonce

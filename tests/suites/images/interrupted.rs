@@ -1,11 +1,12 @@
 //! Killed at the worst time.
 
 use crate::command::generations;
-use crate::heap::heap;
+use crate::heap::{CHANGING, heap};
 use crate::stage::{RESTORE_FROM, Stage, counts_to};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rekindle_core::step::CheckpointStep as Step;
 use rekindle_harness::container::State;
 use rekindle_harness::{Count, poll};
 use std::time::{Duration, Instant};
@@ -23,6 +24,64 @@ async fn partial(stage: &Stage) -> Result<Vec<String>> {
     Ok(found.lines().map(str::to_owned).collect())
 }
 
+/// What a checkpoint is that comes to the step. A step that is new has to say it, and is killed in then, too.
+fn more_for(step: Step) -> &'static [&'static str] {
+    match step {
+        Step::Facts
+        | Step::Where
+        | Step::Begin
+        | Step::Precopy
+        | Step::Hold
+        | Step::Dump
+        | Step::Release
+        | Step::Seal => &[],
+        Step::Kill => &["--exit"],
+    }
+}
+
+/// Whatever the shim is doing: the container ends, and there is a whole image or none, and nothing else.
+pub(crate) async fn the_shim_is_killed_in_each_step_of_a_checkpoint(stage: &Stage) -> Result<()> {
+    for step in Step::ALL {
+        let id = format!("dies-at-{}", step.name());
+        let killed = killed_at(stage, &id, *step).await;
+        killed.with_context(|| format!("killed at {step:?}"))?;
+    }
+    println!("{} steps", Step::ALL.len());
+    Ok(())
+}
+
+async fn killed_at(stage: &Stage, id: &str, step: Step) -> Result<()> {
+    let task = stage.container(id).args(&["awk", CHANGING]).run().await?;
+    counts_to(task.io().out()?, 1).await?;
+    let (shim, _) = stage.node.shim_of(id)?;
+    let args = [&["checkpoint", id, "--name", id], more_for(step)].concat();
+    let strike = async {
+        stage
+            .node
+            .logs(&[&format!("begins id={id:?} step={step:?}")])
+            .await?;
+        Ok::<_, anyhow::Error>(kill(Pid::from_raw(shim.try_into()?), Signal::SIGKILL)?)
+    };
+    let (output, struck) = tokio::join!(stage.rekindle(&args), strike);
+    struck?;
+    let output = output?;
+    stage.node.is_rid_of(id).await?;
+    // Killed behind its last act it may have answered.
+    let whole = stage.images().await?.contains(&id.to_owned());
+    ensure!(whole || output.status.code() == Some(1), "{output:?}");
+    if whole {
+        let verified = stage.rekindle(&["image", "verify", id]).await?;
+        ensure!(verified.status.success(), "{verified:?}");
+        stage.rekindle(&["image", "rm", id]).await?;
+    }
+    poll::until("the partial image to go", async || {
+        Ok(partial(stage).await?.is_empty().then_some(()))
+    })
+    .await?;
+    task.remove().await
+}
+
+/// Where CRIU stands still, and holds the tasks.
 pub(crate) async fn the_shim_is_killed_during_a_checkpoint(stage: &Stage) -> Result<()> {
     let task = heap(stage, "shim-dies").run().await?;
     counts_to(task.io().out()?, 1).await?;

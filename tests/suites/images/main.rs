@@ -141,6 +141,7 @@ images! {
         }
         interrupted {
             the_shim_is_killed_during_a_checkpoint
+            the_shim_is_killed_in_each_step_of_a_checkpoint
             the_command_is_killed_during_a_checkpoint
             calls_are_answered_while_a_restore_runs
             a_long_restore_delays_nobody_else

@@ -46,6 +46,10 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
         config.rekindle_toml = Some(format!(
             "[restore]\npaging = \"{word}\"\n\n[images]\ncompression = \"{compression}\"\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n\n[[images.key]]\nid = \"sealed-1\"\nnamespaces = [\"sealed\"]\ncommand = [\"/bin/echo\", \"{KEY}\"]\n"
         ));
+        if matches!(nodes, Nodes::Alone) {
+            // Its log tells which step of an operation begins.
+            config.log_level = "debug";
+        }
         let node = Node::start(config).await?;
         node.import(&images::pause()?).await?;
         node.import(&busybox).await?;

@@ -19,6 +19,8 @@ use rekindle_checkpoint::{
     plain,
 };
 
+use rekindle_core::step::CheckpointStep as Step;
+
 use super::{PhaseError, done, step};
 use crate::{
     bundle::{self, Spec},
@@ -43,7 +45,7 @@ pub(crate) async fn run(
     let id = fixed.id.as_str();
     let until = Instant::now() + fixed.shared.node.deadlines.checkpoint;
     let spec = Spec::read(&fixed.bundle)?;
-    let facts = step(id, "facts", facts(fixed, &spec, request)).await?;
+    let facts = step(id, Step::Facts, facts(fixed, &spec, request)).await?;
     let work = request
         .work
         .clone()
@@ -53,19 +55,19 @@ pub(crate) async fn run(
     // With exit they stay frozen until their end: what they did after the dump would be in nobody's image.
     let held = state == State::Running;
     let release = held && !request.exit;
-    let destination = match step(id, "where", destination(fixed, request)).await? {
+    let destination = match step(id, Step::Where, destination(fixed, request)).await? {
         Some(order) => {
             refuse_image(fixed, &spec)?;
-            let partial = step(id, "begin", begin(fixed, order)).await?;
+            let partial = step(id, Step::Begin, begin(fixed, order)).await?;
             Some(match held && fixed.shared.node.images.precopy {
-                true => step(id, "pre-copy", precopy::run(fixed, pid, partial, until)).await?,
+                true => step(id, Step::Precopy, precopy::run(fixed, pid, partial, until)).await?,
                 false => (partial, None),
             })
         }
         None => None,
     };
     if held {
-        if let Err(error) = step(id, "hold", hold::hold(fixed, pid)).await {
+        if let Err(error) = step(id, Step::Hold, hold::hold(fixed, pid)).await {
             // It may be frozen, or half of it.
             thaw(fixed).await;
             return Err(error);
@@ -97,7 +99,7 @@ pub(crate) async fn run(
         let _ = fs::remove_dir_all(&work);
     }
     if request.exit {
-        step(id, "kill", kill(fixed)).await?;
+        step(id, Step::Kill, kill(fixed)).await?;
     }
     Ok(())
 }
@@ -231,10 +233,10 @@ async fn sealed(
     facts.source.container.clone_from(&fixed.id);
     facts.source.pod.clone_from(&fixed.plan.identity.pod);
     let dump = window::dump(fixed, job, &facts.dump);
-    let (partial, taken) = step(&fixed.id, "dump", dump).await?;
+    let (partial, taken) = step(&fixed.id, Step::Dump, dump).await?;
     if release {
         // They go on before the image is sealed.
-        step(&fixed.id, "release", async {
+        step(&fixed.id, Step::Release, async {
             Ok(fixed.runc.resume().await?)
         })
         .await?;
@@ -254,7 +256,7 @@ async fn sealed(
             .into()
         })
     };
-    let image = step(&id, "seal", sealing).await?;
+    let image = step(&id, Step::Seal, sealing).await?;
     tracing::info!(
         id,
         image = image.reference(),
@@ -304,9 +306,9 @@ async fn plainly(
             .wait(running, fixed.shared.node.deadlines.checkpoint)
             .await?)
     };
-    step(&fixed.id, "dump", dump).await?;
+    step(&fixed.id, Step::Dump, dump).await?;
     if release {
-        step(&fixed.id, "release", async {
+        step(&fixed.id, Step::Release, async {
             Ok(fixed.runc.resume().await?)
         })
         .await?;
