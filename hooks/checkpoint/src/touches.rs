@@ -29,10 +29,27 @@ pub(crate) const MAX_FILE: usize = HEAD + MAX_TOUCHES * ROW + DIGEST;
 /// A block of a process's memory, of 64 KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Touch {
-    /// The process by its number in the container, from 1: the same in every restore of an image.
-    pub pid: i32,
+    pid: i32,
+    vaddr: u64,
+}
+
+impl Touch {
+    /// The block that an address of a process lies in. The process has its number in the container, which is the same in
+    /// every restore of an image; one that was forked since has none, which is 0.
+    pub fn at(pid: i32, address: u64) -> Self {
+        let vaddr = address - address % CHUNK as u64;
+        Self { pid, vaddr }
+    }
+
+    /// The process's number.
+    pub fn pid(self) -> i32 {
+        self.pid
+    }
+
     /// The block's first address, a multiple of 64 KiB.
-    pub vaddr: u64,
+    pub fn vaddr(self) -> u64 {
+        self.vaddr
+    }
 }
 
 /// Why a file with touches is not used.
@@ -84,9 +101,9 @@ pub fn read(bytes: &[u8], manifest: &[u8]) -> Result<Vec<Touch>, TouchesError> {
     let rows = rows.iter().enumerate().map(|(number, row)| {
         let [a, b, c, d, vaddr @ ..] = *row;
         let (pid, vaddr) = (i32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(vaddr));
-        let aligned = vaddr.is_multiple_of(CHUNK as u64);
-        (pid > 0 && aligned)
-            .then_some(Touch { pid, vaddr })
+        let touch = Touch::at(pid, vaddr);
+        (pid > 0 && touch.vaddr == vaddr)
+            .then_some(touch)
             .ok_or(TouchesError::Block(number))
     });
     rows.collect()

@@ -425,10 +425,7 @@ fn an_image_in_use_is_not_removed_unless_forced_and_its_number_never_comes_back(
 }
 
 fn touched(blocks: &[u64]) -> Vec<Touch> {
-    let touch = |block: &u64| Touch {
-        pid: 1,
-        vaddr: block * CHUNK as u64,
-    };
+    let touch = |block: &u64| Touch::at(1, block * CHUNK as u64);
     blocks.iter().map(touch).collect()
 }
 

@@ -6,10 +6,7 @@ const MANIFEST: &[u8] = b"{}";
 
 fn touches() -> impl Strategy<Value = Vec<Touch>> {
     let touch = (1..=i32::MAX, 0..1_u64 << 41);
-    let touch = touch.prop_map(|(pid, block)| Touch {
-        pid,
-        vaddr: block * CHUNK as u64,
-    });
+    let touch = touch.prop_map(|(pid, block)| Touch::at(pid, block * CHUNK as u64));
     vec(touch, 0..40)
 }
 
@@ -80,10 +77,7 @@ fn each_fault_is_told_by_its_name() {
 #[test]
 fn no_more_are_written_than_are_read() {
     let many: Vec<Touch> = (0..=MAX_TOUCHES as u64)
-        .map(|block| Touch {
-            pid: 1,
-            vaddr: block * CHUNK as u64,
-        })
+        .map(|block| Touch::at(1, block * CHUNK as u64))
         .collect();
     let bytes = write(&many, MANIFEST);
     assert_eq!(bytes.len(), MAX_FILE);
