@@ -251,7 +251,7 @@ impl Session<'_> {
                             finished = true;
                             load()?;
                         }
-                        Some(Word::Zombie(_) | Word::Child(_)) => {}
+                        Some(Word::Zombie(_) | Word::Child(_) | Word::Loaded) => {}
                         None if !finished => return Err(ServeError::Abandoned),
                         // Who started it is gone. The processes are not: they get their memory all the same.
                         None => self.unwatch(&relay)?,
@@ -289,6 +289,8 @@ impl Session<'_> {
                 }
             }
             if complete {
+                // From here on its death harms nobody. Its holder may be gone, too.
+                let _ = protocol::send(&mut relay, &Word::Loaded);
                 return Ok(());
             }
         }

@@ -508,10 +508,15 @@ fn what_is_asked_for_is_noted_in_its_order() {
     }
     serving.finish();
     let served = serving.end().unwrap();
-    let expected: Vec<Touch> = [900, 20, 500, 100].map(|page| process.touch(page)).into();
-    assert_eq!((&served.touches, served.ahead), (&expected, 0));
-    // A block that two mappings share is asked for twice.
-    assert!(served.asked >= expected.len(), "{served:?}");
+    let mut expected: Vec<Touch> = Vec::new();
+    for touch in pages.map(|page| process.touch(page)) {
+        // A page may be in its neighbour's block.
+        if !expected.contains(&touch) {
+            expected.push(touch);
+        }
+    }
+    assert_eq!(served.touches, expected);
+    assert_eq!((served.asked, served.ahead), (expected.len(), 0));
 }
 
 /// All blocks from behind: what came in by its address would not be missing any more when its turn comes.
