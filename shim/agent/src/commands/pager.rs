@@ -13,7 +13,7 @@ use clap::Args;
 use rekindle_checkpoint::{ImageStore, pager};
 use rekindle_core::{config::NodeConfig, name::ImageRef};
 
-use crate::keys;
+use crate::{keys, output};
 
 /// Its standard input is the connection to the shim, over which the processes come.
 #[derive(Debug, Args)]
@@ -62,10 +62,10 @@ pub(crate) fn run(
                 tracing::debug!(%error, "the next restore will know nothing of this one");
             }
             // Its stderr is its log, and this line goes into the shim's.
-            eprintln!(
+            output::note(&format!(
                 "processes={} asked={} ahead={}",
                 served.processes, served.asked, served.ahead
-            );
+            ));
             Ok(ExitCode::SUCCESS)
         }
         Err(pager::ServeError::Abandoned) => Ok(ExitCode::from(pager::ABANDONED)),
