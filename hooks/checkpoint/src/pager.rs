@@ -5,10 +5,10 @@
 //!  criu restore ──pid, userfaultfd──▶ relay (in the shim) ──pid, userfaultfd──▶ pager ([`serve`])
 //!                                       └ keeps a duplicate of each descriptor
 //!
-//!  Pager: Waiting ──CRIU connects──▶ Restoring ──finished──▶ Loading ──all is in──▶ Loaded
+//!  Waiting ──CRIU connects──▶ Restoring ──finished──▶ Loading ──all is in──▶ Loaded: the duplicates are closed
 //!
-//!        ──ended, Loaded──▶ Loaded     all pages are in; the duplicates are closed
-//!        ──ended, before──▶ Orphans    the duplicates are held; faulting tasks stay blocked
+//!  Pager ──ended, when Loaded──▶ Loaded    however it ended
+//!        ──ended, before─────▶ Orphans   the duplicates are held; faulting tasks stay blocked
 //!                              └─kill_then_release(kill)──▶ closed, once the tasks are dead
 //! ```
 //! When the last holder of a userfaultfd is gone, the kernel unregisters its memory and every page that
@@ -120,7 +120,7 @@ impl fmt::Display for PagerExit {
     }
 }
 
-/// How far a restore has come. The pager may die in each of them.
+/// How far a restore has come. Its pager may die in any of these.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
     /// Nobody has connected yet.

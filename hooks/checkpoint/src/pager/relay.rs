@@ -66,7 +66,11 @@ fn relay(
     loop {
         match receive(&mut pager) {
             Ok(Some(Word::Child(fd))) => shared.held.add(fd),
-            Ok(Some(Word::Loaded)) => shared.enter(Phase::Loaded),
+            Ok(Some(Word::Loaded)) => {
+                shared.enter(Phase::Loaded);
+                // Who touches memory that never was in the image waits for this: nobody answers any more.
+                shared.held.close();
+            }
             Ok(Some(_)) => {}
             // Killed with words of ours unread.
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),

@@ -4,12 +4,13 @@
 //!  relay ──pid, userfaultfd──▶ Space (one for each process)      missing ─▶ being put ─▶ in
 //!        ──finished──────────▶ loaders begin                        │  ▲        │
 //!        ◀─child's userfaultfd── fork                               │  └─busy───┘
-//!                                                                   └─ unmapped, given up: zeros
+//!        ◀─loaded─────────────── the end                            └─ unmapped, given up: zeros
 //! ```
 //! One thread hears what the kernel has to tell and answers faults, always before anything else; a few
-//! more bring in the rest: first what an earlier restore was asked for, in that order, and then by address. It ends when CRIU has finished its restore and no page is missing any more. Any
-//! trouble ends it too: whoever started it holds duplicates of the descriptors and ends the container, so
-//! that nobody reads zeros in place of a page.
+//! more bring in the rest: first what an earlier restore was asked for, in that order, and then by address.
+//! It ends when CRIU has finished its restore and no page is missing any more. Any trouble ends it too:
+//! whoever started it holds duplicates of the descriptors and ends the container, so that nobody reads
+//! zeros in place of a page.
 
 use std::{
     io,
@@ -289,7 +290,7 @@ impl Session<'_> {
                 }
             }
             if complete {
-                // From here on its death harms nobody. Its holder may be gone, too.
+                // From here on no descriptor is needed. Who holds duplicates may be gone, too.
                 let _ = protocol::send(&mut relay, &Word::Loaded);
                 return Ok(());
             }

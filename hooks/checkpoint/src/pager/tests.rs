@@ -219,6 +219,12 @@ fn a_pager_killed_in_any_phase_closes_nothing_that_is_needed() {
             Phase::Loaded => {
                 let readers = restore(&mut stage, true);
                 stage.process.write_all(&LOADED.to_ne_bytes()).unwrap();
+                // What it does from here on keeps nobody waiting.
+                let begun = Instant::now();
+                while !readers.iter().all(all_closed) {
+                    assert!(begun.elapsed() < Duration::from_secs(5));
+                    std::thread::yield_now();
+                }
                 readers
             }
         };
