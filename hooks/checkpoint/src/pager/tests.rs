@@ -223,7 +223,7 @@ fn a_pager_killed_in_any_phase_closes_nothing_that_is_needed() {
                 let begun = Instant::now();
                 while !readers.iter().all(all_closed) {
                     assert!(begun.elapsed() < Duration::from_secs(5));
-                    std::thread::yield_now();
+                    thread::yield_now();
                 }
                 readers
             }
