@@ -1,5 +1,5 @@
 //! The benchmarks: what our shim costs beside the one that containerd ships, how much sooner a warm start answers than a
-//! cold one, and what the format of images costs. `make bench` runs them.
+//! cold one, how its memory comes in, and what the format of images costs. `make bench` runs them.
 
 #[path = "bench/figures.rs"]
 mod figures;
@@ -9,6 +9,8 @@ mod format;
 mod held;
 #[path = "bench/machine.rs"]
 mod machine;
+#[path = "bench/pager.rs"]
+mod pager;
 #[path = "bench/report.rs"]
 mod report;
 #[path = "bench/shim.rs"]
@@ -25,11 +27,12 @@ use std::io::Write;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-Usage: bench [shim] [starts] [stop] [format] [--pairs N] [--json]
+Usage: bench [shim] [starts] [stop] [pager] [format] [--pairs N] [--json]
 
   shim       ours against the one that containerd ships: run, exec, memory
   starts     warm starts of a model server against cold ones
   stop       how long a process of 2 GiB stands still while it is checkpointed
+  pager      a model server's first answer and all of its memory: by our pager, eagerly, and by CRIU's daemon
   format     digests, chunks and generations of images, without a node
              (without any of these: all)
   --pairs N  measure N pairs, one after the other [default: 15]
@@ -41,6 +44,7 @@ struct Args {
     shim: bool,
     starts: bool,
     stop: bool,
+    pager: bool,
     format: bool,
     pairs: usize,
     json: bool,
@@ -52,6 +56,7 @@ impl Args {
             shim: false,
             starts: false,
             stop: false,
+            pager: false,
             format: false,
             pairs: 15,
             json: false,
@@ -61,6 +66,7 @@ impl Args {
                 "shim" => args.shim = true,
                 "starts" => args.starts = true,
                 "stop" => args.stop = true,
+                "pager" => args.pager = true,
                 "format" => args.format = true,
                 "--json" => args.json = true,
                 "--pairs" => {
@@ -75,8 +81,15 @@ impl Args {
                 other => bail!("{other:?} is not understood\n\n{USAGE}"),
             }
         }
-        if !(args.shim || args.starts || args.stop || args.format) {
-            (args.shim, args.starts, args.stop, args.format) = (true, true, true, true);
+        let one = [
+            &mut args.shim,
+            &mut args.starts,
+            &mut args.stop,
+            &mut args.pager,
+            &mut args.format,
+        ];
+        if one.iter().all(|wanted| !**wanted) {
+            one.into_iter().for_each(|wanted| *wanted = true);
         }
         Ok(Some(args))
     }
@@ -91,6 +104,9 @@ async fn measure(args: &Args) -> Result<()> {
     }
     if args.stop {
         report::stop(&stop::measure(args.pairs).await?, args.json)?;
+    }
+    if args.pager {
+        report::pager(&pager::measure(args.pairs).await?, args.json)?;
     }
     if args.format {
         report::format(&format::measure(args.pairs)?, args.json)?;

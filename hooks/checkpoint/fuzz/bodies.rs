@@ -18,6 +18,7 @@ use rekindle_checkpoint::{
         CriuImageError, PE_PARENT, Pagemap, Run, check_folder, credentials, link_remaps, pages_file,
     },
     manifest::{CRIU_DIR, FORMAT, MANIFEST_FILE, MAX_FILES, MAX_ITEMS, PackEntry},
+    touches,
 };
 use tempfile::TempDir;
 
@@ -32,6 +33,7 @@ pub const ALL: &[(&str, Body)] = &[
     ("index", index),
     ("manifest", manifest),
     ("pagemap", pagemap),
+    ("touches", touches),
 ];
 
 /// No process of Linux has an address behind it (x86 with five levels).
@@ -461,4 +463,24 @@ fn walk(dir: &Path) -> BTreeMap<PathBuf, Metadata> {
         }
     }
     found
+}
+
+/// The bytes are a note of a restore: as they are, and between a beginning and an end that are right.
+pub fn touches(bytes: &[u8]) {
+    const IMAGE: &[u8] = b"{}";
+    let image = Digest::of(IMAGE).0;
+    let mut whole = [b"RKTOUCH1", &image[..], bytes].concat();
+    let digest = Digest::of(&whole).0;
+    whole.extend(digest);
+    for bytes in [bytes, &whole] {
+        if let Ok(touches) = touches::read(bytes, IMAGE) {
+            assert!(touches.iter().all(|touch| touch.pid() > 0));
+            assert!(
+                touches
+                    .iter()
+                    .all(|touch| touch.vaddr() % CHUNK as u64 == 0)
+            );
+            assert_eq!(touches::write(&touches, IMAGE), bytes);
+        }
+    }
 }

@@ -6,6 +6,7 @@
 //!    .partial/<request>.lock                shared by who asked and who makes; free means: left over
 //!    <namespace>/<name>/<generation>/       sealed: manifest.json, manifest.blake3, and what they list
 //!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it
+//!    <namespace>/<name>/.<generation>.touches  what a restore of it asked for first: a hint, and no part of it
 //!    <namespace>/<name>/.last               the highest generation there ever was
 //! ```
 //! [`Request`] (who asked) and [`Order`] (who makes a [`Partial`] of it) are two processes' ends of one partial
@@ -23,12 +24,14 @@ use crate::{
     chunks::ChunkError,
     criu_image::CriuImageError,
     manifest::{ManifestError, shorten},
+    touches::TouchesError,
 };
 
 mod folder;
 mod laid_out;
 mod partial;
 mod store;
+mod touched;
 mod verify;
 
 pub use folder::Scratch;
@@ -123,6 +126,14 @@ pub enum ImageError {
         image: String,
         /// Why.
         source: CriuImageError,
+    },
+    /// What a restore has noted of its memory is not used.
+    #[error("{} is not used", path.display())]
+    Touches {
+        /// The note.
+        path: PathBuf,
+        /// Why.
+        source: TouchesError,
     },
     /// The manifest is another image's.
     #[error("image {image} is refused: its manifest says that it is {claimed}")]

@@ -28,6 +28,7 @@ pub mod pages;
 mod parallel;
 pub mod plain;
 pub mod precopy;
+pub mod touches;
 
 pub use chunks::Key;
 pub use image::{

@@ -5,8 +5,10 @@
 //!  criu restore ──pid, userfaultfd──▶ relay (in the shim) ──pid, userfaultfd──▶ pager ([`serve`])
 //!                                       └ keeps a duplicate of each descriptor
 //!
-//!  Pager ──ended(success)──▶ Loaded    all pages are in; the duplicates are closed
-//!        ──ended(failure)──▶ Orphans   the duplicates are held; faulting tasks stay blocked
+//!  Waiting ──CRIU connects──▶ Restoring ──finished──▶ Loading ──all is in──▶ Loaded: the duplicates are closed
+//!
+//!  Pager ──ended, when Loaded──▶ Loaded    however it ended
+//!        ──ended, before─────▶ Orphans   the duplicates are held; faulting tasks stay blocked
 //!                              └─kill_then_release(kill)──▶ closed, once the tasks are dead
 //! ```
 //! When the last holder of a userfaultfd is gone, the kernel unregisters its memory and every page that
@@ -118,6 +120,20 @@ impl fmt::Display for PagerExit {
     }
 }
 
+/// How far a restore has come. Its pager may die in any of these.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    /// Nobody has connected yet.
+    #[default]
+    Waiting,
+    /// CRIU hands over the processes that it makes.
+    Restoring,
+    /// The processes run, and pages of theirs are missing.
+    Loading,
+    /// The pager has said that none is. What it does then is for the next restore.
+    Loaded,
+}
+
 /// Duplicates of the userfaultfds of a restored container. Not closed by being dropped.
 #[derive(Debug, Default)]
 struct Held(Mutex<ManuallyDrop<Vec<OwnedFd>>>);
@@ -140,10 +156,18 @@ struct Shared {
     /// The connections, to wake a thread that waits for the next word of one.
     connections: Mutex<Vec<UnixStream>>,
     cancelled: AtomicBool,
-    finished: AtomicBool,
+    phase: Mutex<Phase>,
 }
 
 impl Shared {
+    fn enter(&self, phase: Phase) {
+        *lock(&self.phase) = phase;
+    }
+
+    fn phase(&self) -> Phase {
+        *lock(&self.phase)
+    }
+
     /// Makes a wait for words from `stream` end with [`Shared::cancel`]. Says whether it should begin.
     fn watch(&self, stream: &UnixStream) -> io::Result<bool> {
         let copy = stream.try_clone()?;
@@ -200,7 +224,10 @@ pub struct Launch {
 #[derive(Debug)]
 pub enum Ended {
     /// All pages are in: the container needs neither pager nor image any more.
-    Loaded,
+    Loaded {
+        /// What it has to tell of its work, in a line.
+        said: Option<String>,
+    },
     /// It died with pages missing: kill the tasks, now.
     Died(Orphans),
 }
@@ -265,10 +292,8 @@ impl Pager {
     /// Why the restore cannot succeed any more, since the pager's process has ended like this; none when it
     /// did its work, or when it is CRIU that failed.
     pub fn trouble(&self, exit: PagerExit) -> Option<String> {
-        if [0, i32::from(ABANDONED)]
-            .map(PagerExit::Code)
-            .contains(&exit)
-        {
+        let no_trouble = [0, i32::from(ABANDONED)].map(PagerExit::Code);
+        if no_trouble.contains(&exit) || self.shared.phase() == Phase::Loaded {
             return None;
         }
         Some(self.reason(exit, None))
@@ -277,17 +302,18 @@ impl Pager {
     /// To be called when the pager's process has ended, which it does by itself once all pages are in.
     pub fn ended(mut self, exit: PagerExit) -> Ended {
         let relayed = self.stop();
-        let finished = self.shared.finished.load(Ordering::Acquire);
-        match (exit, relayed) {
-            // Whatever became of the relay meanwhile.
-            (PagerExit::Code(0), _) if finished => {
+        match (self.shared.phase(), exit) {
+            // However it ended after that; or whatever became of the relay, so that its word did not come.
+            (Phase::Loaded, _) | (Phase::Loading, PagerExit::Code(0)) => {
                 self.shared.held.close();
-                Ended::Loaded
+                Ended::Loaded { said: self.said() }
             }
-            (exit, relayed) => {
+            (phase, exit) => {
                 let otherwise = match relayed {
                     Err(e) => Some(e.to_string()),
-                    Ok(()) if !finished => Some("CRIU had not finished its restore".to_owned()),
+                    Ok(()) if phase < Phase::Loading => {
+                        Some("CRIU had not finished its restore".to_owned())
+                    }
                     Ok(()) => None,
                 };
                 Ended::Died(Orphans {

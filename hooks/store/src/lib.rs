@@ -17,7 +17,8 @@ use std::{
 
 pub use lock::Lock;
 pub use publish::{
-    commit_file, make_read_only, publish_dir, remove_tree, sync_dir, sync_tree, write_file,
+    commit_file, make_read_only, publish_dir, remove_tree, replace_file, sync_dir, sync_tree,
+    write_file,
 };
 
 /// Why something could not be stored.

@@ -79,6 +79,15 @@ pub fn write_file(dest: &Path, bytes: &[u8], durable: bool) -> Result<(), StoreE
     }
 }
 
+/// Makes a finished file visible, replacing what was there, and syncs nothing: a power cut may leave the old file, the new
+/// one, or part of it. For what proves itself and can be done without.
+///
+/// # Errors
+/// Whatever the file system says; `dest` is then the old file.
+pub fn replace_file(tmp: &Path, dest: &Path) -> Result<(), StoreError> {
+    rename(tmp, dest)
+}
+
 #[allow(
     clippy::disallowed_methods,
     reason = "this is the one place that the ban points to"

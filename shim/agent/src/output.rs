@@ -25,6 +25,11 @@ pub(crate) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Prints a line on stderr, for whoever keeps what a process of ours says.
+pub(crate) fn note(line: &str) {
+    eprintln!("{line}");
+}
+
 /// Prints an error with its causes on stderr, as one sentence.
 pub(crate) fn error(error: &anyhow::Error) {
     eprintln!("rekindle: {error:#}");

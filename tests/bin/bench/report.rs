@@ -2,6 +2,8 @@
 
 #[path = "report/format.rs"]
 mod format;
+#[path = "report/pager.rs"]
+mod pager;
 #[path = "report/shims.rs"]
 mod shims;
 #[path = "report/starts.rs"]
@@ -46,6 +48,14 @@ pub(crate) fn stop(measured: &crate::stop::Measured, json: bool) -> Result<()> {
     match json {
         true => Ok(writeln!(out, "{}", stop::json(measured))?),
         false => stop::tables(&mut out, measured),
+    }
+}
+
+pub(crate) fn pager(measured: &crate::pager::Measured, json: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match json {
+        true => Ok(writeln!(out, "{}", pager::json(measured))?),
+        false => pager::tables(&mut out, measured),
     }
 }
 

@@ -33,7 +33,7 @@ pub(crate) fn heap<'s>(stage: &'s Stage, id: &str) -> Builder<'s> {
     stage.container(id).args(&["awk", PROGRAM])
 }
 
-fn sound(task: &Container<'_>) -> Result<()> {
+pub(crate) fn sound(task: &Container<'_>) -> Result<()> {
     let text = task.io().out()?.so_far();
     ensure!(
         !text.contains("corrupt"),
@@ -190,12 +190,13 @@ fn has_read(pid: u32) -> u64 {
 }
 
 /// A heap in mid-load, whose pager stands still. A load that was over before it was seen is begun again.
-async fn loading<'s>(stage: &'s Stage, id: &str, image: &str) -> Result<(Container<'s>, Pid)> {
+pub(crate) async fn loading<'s>(
+    stage: &'s Stage,
+    heap: impl Fn() -> Builder<'s>,
+    image: &str,
+) -> Result<(Container<'s>, Pid)> {
     for _ in 0..ATTEMPTS {
-        let warm = heap(stage, id)
-            .annotation(RESTORE_FROM, image)
-            .create()
-            .await?;
+        let warm = heap().annotation(RESTORE_FROM, image).create().await?;
         let found = async {
             let pager = tokio::time::timeout(SEEN, pager(stage, BEGUN))
                 .await
@@ -217,7 +218,7 @@ async fn loading<'s>(stage: &'s Stage, id: &str, image: &str) -> Result<(Contain
 
 pub(crate) async fn a_killed_pager_ends_the_container(stage: &Stage) -> Result<()> {
     image(stage, "orphaned").await?;
-    let (warm, pager) = loading(stage, "orphaned-2", "orphaned").await?;
+    let (warm, pager) = loading(stage, || heap(stage, "orphaned-2"), "orphaned").await?;
     assert_eq!(warm.state().await?, State::Running);
     kill(pager, Signal::SIGKILL)?;
     let ended = warm.wait().await?;
@@ -228,40 +229,55 @@ pub(crate) async fn a_killed_pager_ends_the_container(stage: &Stage) -> Result<(
     stage.node.is_rid_of("orphaned-2").await
 }
 
+/// Whether a pager has been given the memory of a process.
+fn holds_memory(pager: Pid) -> bool {
+    let all = std::fs::read_dir(format!("/proc/{pager}/fd"));
+    all.into_iter().flatten().flatten().any(|fd| {
+        std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("[userfaultfd]"))
+    })
+}
+
 /// CRIU would wait for its pages for ever.
 pub(crate) async fn a_pager_that_dies_during_the_restore_fails_the_start(
     stage: &Stage,
 ) -> Result<()> {
     image(stage, "unborn").await?;
-    let warm = heap(stage, "unborn-2")
-        .annotation(RESTORE_FROM, "unborn")
-        .create()
-        .await?;
-    // As soon as it is there, which is long before CRIU has built the process.
-    let killed = async {
-        let pager = tokio::time::timeout(SEEN, pager(stage, 0)).await??;
-        Ok::<_, anyhow::Error>(kill(pager, Signal::SIGKILL)?)
-    };
-    let (started, killed) =
-        tokio::time::timeout(SEEN * 2, async { tokio::join!(warm.start(), killed) })
+    // As soon as it is there, which is long before CRIU has built the process; and as soon as it has the process.
+    for (id, late) in [("unborn-2", false), ("unborn-3", true)] {
+        let warm = heap(stage, id).annotation(RESTORE_FROM, "unborn");
+        let warm = warm.create().await?;
+        let strike = async {
+            let pager = pager(stage, 0).await?;
+            while late && !holds_memory(pager) {
+                tokio::time::sleep(Duration::from_micros(200)).await;
+            }
+            Ok::<_, anyhow::Error>(kill(pager, Signal::SIGKILL)?)
+        };
+        let both = async { tokio::join!(warm.start(), tokio::time::timeout(SEEN, strike)) };
+        let (started, struck) = tokio::time::timeout(SEEN * 2, both)
             .await
             .context("the start goes on without its pager")?;
-    killed?;
-    let refusal = started.err().context("it was started without its memory")?;
-    assert!(
-        refusal
-            .message()
-            .contains("the pager was ended by signal 9"),
-        "{refusal}"
-    );
-    warm.delete().await?;
-    stage.node.is_rid_of("unborn-2").await?;
-    warm.remove().await
+        struck.context("no pager was seen")??;
+        match started {
+            Err(refusal) => {
+                let said = refusal.message();
+                ensure!(said.contains("the pager was ended by signal 9"), "{said}");
+            }
+            // CRIU had just finished.
+            Ok(_) if late => assert_eq!(warm.wait().await?.status, 137),
+            Ok(_) => bail!("it was started without its memory"),
+        }
+        sound(&warm)?;
+        warm.delete().await?;
+        stage.node.is_rid_of(id).await?;
+        warm.remove().await?;
+    }
+    Ok(())
 }
 
 pub(crate) async fn a_checkpoint_while_still_loading_drains_first(stage: &Stage) -> Result<()> {
     let last = image(stage, "drained").await?;
-    let (warm, pager) = loading(stage, "drained-2", "drained").await?;
+    let (warm, pager) = loading(stage, || heap(stage, "drained-2"), "drained").await?;
     let checkpoint = stage.checkpoint("drained-2", "drained-again", &["--exit"]);
     tokio::pin!(checkpoint);
     // A dump now would have holes, so it waits for a pager that stands still.
@@ -283,7 +299,7 @@ pub(crate) async fn a_container_that_ends_while_loading_leaves_nothing(
     stage: &Stage,
 ) -> Result<()> {
     image(stage, "cut-short").await?;
-    let (warm, pager) = loading(stage, "cut-short-2", "cut-short").await?;
+    let (warm, pager) = loading(stage, || heap(stage, "cut-short-2"), "cut-short").await?;
     warm.kill(9).await?;
     assert_eq!(warm.wait().await?.status, 137);
     warm.remove().await?;
@@ -296,7 +312,7 @@ pub(crate) async fn a_shim_that_is_killed_while_loading_leaves_nothing(
     stage: &Stage,
 ) -> Result<()> {
     image(stage, "headless").await?;
-    let (warm, pager) = loading(stage, "headless-2", "headless").await?;
+    let (warm, pager) = loading(stage, || heap(stage, "headless-2"), "headless").await?;
     let (shim, _) = stage.node.shim_of("headless-2")?;
     kill(Pid::from_raw(shim.try_into()?), Signal::SIGKILL)?;
     let rid = stage.node.is_rid_of("headless-2").await;

@@ -3,6 +3,7 @@
 //! Three nodes serve all tests of this program. One restores lazily, one eagerly, and on the third one there is one test
 //! at a time. A container, a pod and an image are called as their test is.
 
+mod ahead;
 mod command;
 mod damaged;
 mod heap;
@@ -154,6 +155,10 @@ images! {
             a_pager_that_dies_during_the_restore_fails_the_start
             a_container_that_ends_while_loading_leaves_nothing
             a_shim_that_is_killed_while_loading_leaves_nothing
+        }
+        ahead {
+            the_next_restore_brings_in_first_what_this_one_was_asked_for
+            a_note_that_lies_or_is_none_changes_nothing
         }
     }
 }

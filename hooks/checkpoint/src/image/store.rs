@@ -214,6 +214,9 @@ impl ImageStore {
                 )));
             }
             let dir = self.image_dir(namespace, name, *generation);
+            // First: what is left of an image whose removal was killed is found by its folder.
+            let touches = self.touches_path(namespace, name, *generation);
+            ignore_absent(fs::remove_file(&touches), "remove", &touches)?;
             // Without its manifest it is no image: killed half-way, the rest is swept as damaged.
             let manifest = dir.join(MANIFEST_FILE);
             ignore_absent(fs::remove_file(&manifest), "remove", &manifest)?;
@@ -357,6 +360,18 @@ impl ImageStore {
             .join(namespace.as_str())
             .join(name.as_str())
             .join(generation.to_string())
+    }
+
+    pub(super) fn touches_path(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        generation: u64,
+    ) -> PathBuf {
+        self.root
+            .join(namespace.as_str())
+            .join(name.as_str())
+            .join(format!(".{generation}.touches"))
     }
 
     fn lock_path(&self, namespace: &Namespace, name: &ImageName, generation: u64) -> PathBuf {

@@ -1,5 +1,5 @@
 use std::{
-    fs,
+    fs::{self, File},
     io::{Read as _, Write as _},
     os::unix::fs::{FileExt, symlink},
     sync::{Arc, atomic::AtomicU64},
@@ -7,13 +7,14 @@ use std::{
 
 use super::*;
 use crate::{
-    chunks::{Compression, Key, Room, Stream},
+    chunks::{CHUNK, Compression, Key, Room, Stream},
     criu_image::tests::{folder, pagemap},
     manifest::{
         CRIU_DIR, Facts, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Source, UPPER_FILE,
     },
     pages::{Tasks, take_pages},
     precopy::Precopied,
+    touches::Touch,
 };
 
 fn names() -> (Namespace, ImageName) {
@@ -428,6 +429,99 @@ fn an_image_in_use_is_not_removed_unless_forced_and_its_number_never_comes_back(
     assert_eq!(again.reference(), "team-a/warm@2");
     assert_eq!(store.remove(&namespace, &name, None, true).unwrap(), [2]);
     assert_eq!(store.list(None).unwrap().len(), 0);
+}
+
+fn touched(blocks: &[u64]) -> Vec<Touch> {
+    let touch = |block: &u64| Touch::at(1, block * CHUNK as u64);
+    blocks.iter().map(touch).collect()
+}
+
+/// It lies beside the image, whose folder stays as it was sealed, and goes with it.
+#[test]
+fn what_a_restore_notes_is_found_by_the_next_and_removed_with_the_image() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let (namespace, name) = names();
+    let image = make(&store);
+    assert_eq!(image.touches().unwrap(), []);
+    for blocks in [&[5, 3, 4][..], &[], &[9]] {
+        image.note_touches(&touched(blocks)).unwrap();
+        assert_eq!(image.touches().unwrap(), touched(blocks));
+    }
+    assert_eq!(leftovers(&store), 0);
+    verify(&store, image).unwrap();
+    // The next generation is another image.
+    assert_eq!(make(&store).touches().unwrap(), []);
+    let home = root.path().join("team-a/warm");
+    assert!(home.join(".1.touches").exists());
+    store.remove(&namespace, &name, None, false).unwrap();
+    let left = names_in(&home);
+    assert_eq!(left, [".last"]);
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> = names
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_note_that_is_none_is_told_and_replaced() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let (first, image) = (make(&store), make(&store));
+    first.note_touches(&touched(&[1])).unwrap();
+    let home = root.path().join("team-a/warm");
+    let (other, note) = (home.join(".1.touches"), home.join(".2.touches"));
+    let refused = |image: &SealedImage| image.touches().unwrap_err();
+    // Another image's.
+    fs::copy(&other, &note).unwrap();
+    assert!(matches!(refused(&image), ImageError::Touches { .. }));
+    // Longer than any, and never read to its end.
+    File::create(&note).unwrap().set_len(1 << 40).unwrap();
+    assert!(matches!(refused(&image), ImageError::Touches { .. }));
+    fs::remove_file(&note).unwrap();
+    symlink(&other, &note).unwrap();
+    assert!(matches!(refused(&image), ImageError::Store(_)));
+    image.note_touches(&touched(&[2])).unwrap();
+    assert_eq!(image.touches().unwrap(), touched(&[2]));
+    assert_eq!(first.touches().unwrap(), touched(&[1]));
+}
+
+/// Each of them is whole, and one of them is there at the end.
+#[test]
+fn two_restores_note_at_once() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let image = make(&store);
+    let notes = [touched(&[1; 2000]), touched(&[2; 3000])];
+    std::thread::scope(|scope| {
+        for note in &notes {
+            let image = &image;
+            scope.spawn(move || (0..50).for_each(|_| image.note_touches(note).unwrap()));
+        }
+        for _ in 0..200 {
+            let found = image.touches().unwrap();
+            assert!(found.is_empty() || notes.contains(&found));
+        }
+    });
+    assert!(notes.contains(&image.touches().unwrap()));
+    assert_eq!(leftovers(&store), 0);
+}
+
+/// After its removal by force nothing of it comes back.
+#[test]
+fn nothing_is_noted_of_an_image_that_is_gone() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let (namespace, name) = names();
+    let image = make(&store);
+    store.remove(&namespace, &name, None, true).unwrap();
+    image.note_touches(&touched(&[1])).unwrap();
+    assert!(!root.path().join("team-a/warm/.1.touches").exists());
 }
 
 #[test]

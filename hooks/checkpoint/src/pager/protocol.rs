@@ -5,7 +5,7 @@
 //! process has that number: Linux ends at 2^22.
 //!
 //! Ours is the way back: for each process that a restored one has forked since, the word [`CHILD`] and
-//! one byte that carries the descriptor that the kernel made for it.
+//! one byte that carries the descriptor that the kernel made for it; and [`LOADED`] at the end.
 
 use std::{
     io::{self, IoSlice, IoSliceMut, Read, Write},
@@ -23,6 +23,8 @@ use rustix::net::{
 
 /// "ReSTore Finished".
 const FINISHED: u32 = 0x5253_5446;
+/// "All LoadeD".
+const LOADED: u32 = 0x414c_4c44;
 /// No process of a container has this number.
 const CHILD: u32 = 0;
 
@@ -37,6 +39,8 @@ pub(crate) enum Word {
     Finished,
     /// A process that a restored one has forked.
     Child(OwnedFd),
+    /// No page is missing any more.
+    Loaded,
 }
 
 /// The next message; none when the other end is closed.
@@ -48,6 +52,7 @@ pub(crate) fn receive(from: &mut UnixStream) -> io::Result<Option<Word>> {
     }
     Ok(Some(match u32::from_ne_bytes(word) {
         FINISHED => Word::Finished,
+        LOADED => Word::Loaded,
         CHILD => Word::Child(receive_fd(from)?),
         number => match number.cast_signed() {
             pid @ 1.. => Word::Process(pid, receive_fd(from)?),
@@ -62,6 +67,7 @@ pub(crate) fn send(to: &mut UnixStream, word: &Word) -> io::Result<()> {
         Word::Process(pid, fd) => (pid.cast_unsigned(), Some(fd)),
         Word::Zombie(pid) => (pid.saturating_neg().cast_unsigned(), None),
         Word::Finished => (FINISHED, None),
+        Word::Loaded => (LOADED, None),
         Word::Child(fd) => (CHILD, Some(fd)),
     };
     to.write_all(&number.to_ne_bytes())?;

@@ -10,12 +10,13 @@ use std::{
 };
 
 use super::{
-    PagerError, Shared,
+    PagerError, Phase, Shared,
     protocol::{Word, receive, send},
     relay_failed as failed,
 };
 
-/// Relays one restore, and then keeps what the pager sends: the descriptors of processes that were forked.
+/// Relays one restore, and then takes what the pager sends: the descriptors of processes that were forked, which are
+/// kept, and that all memory is in.
 /// Returns when the pager's end is closed, when CRIU has failed, or when cancelled.
 pub(super) fn run(
     listener: &UnixListener,
@@ -44,6 +45,7 @@ fn relay(
     if !(watch(&criu)? && watch(&pager)?) {
         return Ok(());
     }
+    shared.enter(Phase::Restoring);
     loop {
         let word = receive(&mut criu).map_err(failed("reading from CRIU's restore"))?;
         // At the end CRIU's restore has failed, and has killed what it had restored.
@@ -56,7 +58,7 @@ fn relay(
         }
         send(&mut pager, &word).map_err(failed("writing to the pager"))?;
         if matches!(word, Word::Finished) {
-            shared.finished.store(true, Ordering::Release);
+            shared.enter(Phase::Loading);
             break;
         }
     }
@@ -64,6 +66,11 @@ fn relay(
     loop {
         match receive(&mut pager) {
             Ok(Some(Word::Child(fd))) => shared.held.add(fd),
+            Ok(Some(Word::Loaded)) => {
+                shared.enter(Phase::Loaded);
+                // Who touches memory that never was in the image waits for this: nobody answers any more.
+                shared.held.close();
+            }
             Ok(Some(_)) => {}
             // Killed with words of ours unread.
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(()),

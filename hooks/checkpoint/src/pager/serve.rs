@@ -4,12 +4,13 @@
 //!  relay ──pid, userfaultfd──▶ Space (one for each process)      missing ─▶ being put ─▶ in
 //!        ──finished──────────▶ loaders begin                        │  ▲        │
 //!        ◀─child's userfaultfd── fork                               │  └─busy───┘
-//!                                                                   └─ unmapped, given up: zeros
+//!        ◀─loaded─────────────── the end                            └─ unmapped, given up: zeros
 //! ```
 //! One thread hears what the kernel has to tell and answers faults, always before anything else; a few
-//! more bring in the rest. It ends when CRIU has finished its restore and no page is missing any more. Any
-//! trouble ends it too: whoever started it holds duplicates of the descriptors and ends the container, so
-//! that nobody reads zeros in place of a page.
+//! more bring in the rest: first what an earlier restore was asked for, in that order, and then by address.
+//! It ends when CRIU has finished its restore and no page is missing any more. Any trouble ends it too:
+//! whoever started it holds duplicates of the descriptors and ends the container, so that nobody reads
+//! zeros in place of a page.
 
 use std::{
     io,
@@ -32,12 +33,15 @@ use super::protocol::{self, Word};
 use crate::{
     chunks::{ChunkError, Chunks},
     criu_image::CriuImageError,
+    touches::Touch,
 };
 
+mod ahead;
 mod missing;
 mod space;
 mod userfaultfd;
 
+use ahead::Ahead;
 use space::{FAULT_BLOCK, Space};
 use userfaultfd::Userfaultfd;
 
@@ -115,13 +119,20 @@ impl ServeError {
 }
 
 /// What was brought in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Served {
     /// Processes, with those that were forked meanwhile.
     pub processes: usize,
+    /// Blocks of 64 KiB that a process waited for.
+    pub asked: usize,
+    /// Blocks that were brought in because an earlier restore was asked for them, before anybody asked for them now.
+    pub ahead: usize,
+    /// Both in the order in which they came in: what to bring in ahead in the next restore.
+    pub touches: Vec<Touch>,
 }
 
-/// Serves one restore: `relay` says which processes there are, `criu_dir` has their images, `chunks` their pages.
+/// Serves one restore: `relay` says which processes there are, `criu_dir` has their images, `chunks` their pages,
+/// and `noted` what an earlier restore of the image was asked for, which is brought in first.
 /// Returns when all memory is in; then, and only then, may the last copies of the descriptors be closed.
 ///
 /// # Errors
@@ -130,10 +141,12 @@ pub fn serve(
     relay: UnixStream,
     criu_dir: &Path,
     chunks: &Arc<Chunks>,
+    noted: Vec<Touch>,
 ) -> Result<Served, ServeError> {
     let session = Session {
         criu_dir,
         chunks,
+        ahead: Ahead::new(noted),
         spaces: RwLock::default(),
         epoll: epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|e| ServeError::setup("watch descriptors")(e.into()))?,
@@ -157,14 +170,21 @@ pub fn serve(
         session.stop.store(true, Ordering::Relaxed);
         served
     });
-    served.map(|()| Served {
-        processes: session.spaces().len(),
+    served?;
+    let processes = session.spaces().len();
+    let wanted = session.ahead.into_wanted();
+    Ok(Served {
+        processes,
+        asked: wanted.asked,
+        ahead: wanted.ahead,
+        touches: wanted.touches,
     })
 }
 
 struct Session<'a> {
     criu_dir: &'a Path,
     chunks: &'a Arc<Chunks>,
+    ahead: Ahead,
     /// In the order in which they came; none is ever taken out, so that an index stays what it was.
     spaces: RwLock<Vec<Arc<Space>>>,
     epoll: OwnedFd,
@@ -232,7 +252,7 @@ impl Session<'_> {
                             finished = true;
                             load()?;
                         }
-                        Some(Word::Zombie(_) | Word::Child(_)) => {}
+                        Some(Word::Zombie(_) | Word::Child(_) | Word::Loaded) => {}
                         None if !finished => return Err(ServeError::Abandoned),
                         // Who started it is gone. The processes are not: they get their memory all the same.
                         None => self.unwatch(&relay)?,
@@ -246,7 +266,7 @@ impl Session<'_> {
                 let Some(space) = self.space(index - FIRST_SPACE) else {
                     continue;
                 };
-                let waits = space.serve(&mut buffer, |child| {
+                let waits = space.serve(&mut buffer, &self.ahead, |child| {
                     let fd = child.userfaultfd().as_fd().try_clone_to_owned();
                     let fd = fd.map_err(ServeError::setup("duplicate a descriptor"))?;
                     // Its holder may be gone; that is no reason to leave the child without its memory.
@@ -270,6 +290,8 @@ impl Session<'_> {
                 }
             }
             if complete {
+                // From here on no descriptor is needed. Who holds duplicates may be gone, too.
+                let _ = protocol::send(&mut relay, &Word::Loaded);
                 return Ok(());
             }
         }
@@ -278,7 +300,9 @@ impl Session<'_> {
     /// A loader: brings in what nobody has asked for yet.
     fn load(&self) {
         let mut buffer = vec![0; STEP];
-        let loaded = self.load_all(&mut buffer);
+        let loaded = self
+            .load_ahead(&mut buffer)
+            .and_then(|()| self.load_rest(&mut buffer));
         if let Err(e) = loaded {
             self.failure
                 .lock()
@@ -289,7 +313,27 @@ impl Session<'_> {
         let _ = rustix::io::write(&self.loaded, &1_u64.to_ne_bytes());
     }
 
-    fn load_all(&self, buffer: &mut [u8]) -> Result<(), ServeError> {
+    fn load_ahead(&self, buffer: &mut [u8]) -> Result<(), ServeError> {
+        // Processes come before all that they have forked, so that looking for one does not take long.
+        let find = |touch: Touch| {
+            let spaces = self.spaces.read().unwrap_or_else(PoisonError::into_inner);
+            let space = spaces.iter().find(|space| space.pid() == touch.pid())?;
+            let missing = space.missing_of(touch);
+            (!missing.is_empty()).then(|| (Arc::clone(space), missing))
+        };
+        while let Some((space, missing)) = self.ahead.next(find) {
+            for piece in missing {
+                // What cannot be put now comes with the rest.
+                space.bring(piece, buffer)?;
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn load_rest(&self, buffer: &mut [u8]) -> Result<(), ServeError> {
         // Child spaces are put at the end while their parents' memory is still missing: whoever finds the
         // parent's complete comes to the child after it.
         let mut index = 0;

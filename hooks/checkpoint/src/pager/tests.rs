@@ -15,6 +15,7 @@ use super::*;
 use crate::image::tests::staged;
 
 const FINISHED: u32 = 0x5253_5446;
+const LOADED: u32 = 0x414c_4c44;
 
 /// A pager whose CRIU and process are this test.
 struct Stage {
@@ -126,15 +127,20 @@ fn all_closed(reader: &io::PipeReader) -> bool {
 /// Restores two processes and a zombie; says the read ends of their descriptors.
 fn restore(stage: &mut Stage, finish: bool) -> Vec<io::PipeReader> {
     let mut criu = stage.criu();
+    restored(stage, &mut criu, finish)
+}
+
+/// The same, while CRIU lives on.
+fn restored(stage: &mut Stage, criu: &mut UnixStream, finish: bool) -> Vec<io::PipeReader> {
     let mut readers = Vec::new();
     for pid in [1, -9, 4_194_304] {
         if pid < 0 {
-            send(&mut criu, pid, None::<OwnedFd>);
+            send(criu, pid, None::<OwnedFd>);
             assert_eq!(receive(&mut stage.process).0, pid);
             continue;
         }
         let (reader, writer) = userfaultfd();
-        send(&mut criu, pid, Some(writer));
+        send(criu, pid, Some(writer));
         let (found, fd) = receive(&mut stage.process);
         assert_eq!(found, pid);
         // It is the same pipe; the process's copy is closed here, as when it dies.
@@ -153,7 +159,8 @@ fn a_load_that_ends_well_closes_the_descriptors() {
     let mut stage = Stage::new();
     let readers = restore(&mut stage, true);
     assert!(readers.iter().all(|reader| !all_closed(reader)));
-    assert!(matches!(stage.ended(PagerExit::Code(0), ""), Ended::Loaded));
+    let ended = stage.ended(PagerExit::Code(0), "asked=1\n");
+    assert!(matches!(ended, Ended::Loaded { said: Some(said) } if said == "asked=1"));
     assert!(readers.iter().all(all_closed));
 }
 
@@ -181,6 +188,58 @@ fn a_dead_pager_closes_nothing_until_the_tasks_are_dead() {
             Ok::<(), ()>(())
         });
         assert!(killed.is_ok() && readers.iter().all(all_closed));
+    }
+}
+
+/// All of them: a new one does not compile until it has its place here, and its case below.
+fn phases() -> impl Iterator<Item = Phase> {
+    let next = |phase: &Phase| match phase {
+        Phase::Waiting => Some(Phase::Restoring),
+        Phase::Restoring => Some(Phase::Loading),
+        Phase::Loading => Some(Phase::Loaded),
+        Phase::Loaded => None,
+    };
+    std::iter::successors(Some(Phase::Waiting), next)
+}
+
+/// The promise: killed whenever it may be, it costs the container, or nothing when all is in; and never zeros.
+#[test]
+fn a_pager_killed_in_any_phase_closes_nothing_that_is_needed() {
+    for phase in phases() {
+        let mut stage = Stage::new();
+        // Of the one phase in which it lives still.
+        let mut criu;
+        let readers = match phase {
+            Phase::Waiting => Vec::new(),
+            Phase::Restoring => {
+                criu = stage.criu();
+                restored(&mut stage, &mut criu, false)
+            }
+            Phase::Loading => restore(&mut stage, true),
+            Phase::Loaded => {
+                let readers = restore(&mut stage, true);
+                stage.process.write_all(&LOADED.to_ne_bytes()).unwrap();
+                // What it does from here on keeps nobody waiting.
+                let begun = Instant::now();
+                while !readers.iter().all(all_closed) {
+                    assert!(begun.elapsed() < Duration::from_secs(5));
+                    thread::yield_now();
+                }
+                readers
+            }
+        };
+        let ended = stage.ended(PagerExit::Signal(9), "");
+        match (phase, ended) {
+            (Phase::Waiting | Phase::Restoring | Phase::Loading, Ended::Died(orphans)) => {
+                let told = orphans.reason().contains("CRIU had not finished");
+                assert_eq!(told, phase < Phase::Loading, "{}", orphans.reason());
+                assert!(!readers.iter().any(all_closed), "{phase:?}");
+                orphans.kill_then_release(|| Ok::<(), ()>(())).unwrap();
+            }
+            (Phase::Loaded, Ended::Loaded { .. }) => {}
+            (phase, ended) => panic!("{phase:?}: {ended:?}"),
+        }
+        assert!(readers.iter().all(all_closed), "{phase:?}");
     }
 }
 

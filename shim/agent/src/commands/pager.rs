@@ -13,7 +13,7 @@ use clap::Args;
 use rekindle_checkpoint::{ImageStore, pager};
 use rekindle_core::{config::NodeConfig, name::ImageRef};
 
-use crate::keys;
+use crate::{keys, output};
 
 /// Its standard input is the connection to the shim, over which the processes come.
 #[derive(Debug, Args)]
@@ -50,8 +50,24 @@ pub(crate) fn run(
         None => None,
     };
     let chunks = Arc::new(image.chunks(key.as_ref())?);
-    match pager::serve(relay, &args.criu, &chunks) {
-        Ok(_) => Ok(ExitCode::SUCCESS),
+    let noted = image.touches().unwrap_or_else(|error| {
+        tracing::debug!(%error, "nothing is brought in ahead");
+        Vec::new()
+    });
+    match pager::serve(relay, &args.criu, &chunks, noted.clone()) {
+        Ok(served) => {
+            if served.touches != noted
+                && let Err(error) = image.note_touches(&served.touches)
+            {
+                tracing::debug!(%error, "the next restore will know nothing of this one");
+            }
+            // Its stderr is its log, and this line goes into the shim's.
+            output::note(&format!(
+                "processes={} asked={} ahead={}",
+                served.processes, served.asked, served.ahead
+            ));
+            Ok(ExitCode::SUCCESS)
+        }
         Err(pager::ServeError::Abandoned) => Ok(ExitCode::from(pager::ABANDONED)),
         Err(e) => Err(e.into()),
     }

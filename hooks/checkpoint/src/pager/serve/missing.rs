@@ -159,7 +159,7 @@ impl Missing {
     }
 
     /// The parts of pieces that lie in `start..end`, in their order.
-    fn overlapping(&self, start: u64, end: u64) -> impl Iterator<Item = Piece> {
+    pub(super) fn overlapping(&self, start: u64, end: u64) -> impl Iterator<Item = Piece> {
         let first = self.holding(start).map_or(start, |piece| piece.vaddr);
         let pieces = (first < end).then(|| self.0.range(first..end));
         pieces

@@ -9,6 +9,7 @@ use std::{
 
 use super::{
     ServeError,
+    ahead::Ahead,
     missing::{Missing, Piece},
     userfaultfd::{Event, Refusal, Userfaultfd},
 };
@@ -16,6 +17,7 @@ use crate::{
     chunks::{CHUNK, Chunks},
     criu_image::pages_file,
     manifest::criu_path,
+    touches::Touch,
 };
 
 /// Around a page that a thread waits for, the aligned block of this size comes in with it: what a program
@@ -105,6 +107,10 @@ impl Space {
         }
     }
 
+    pub(super) fn pid(&self) -> i32 {
+        self.pid
+    }
+
     pub(super) fn userfaultfd(&self) -> &Userfaultfd {
         &self.userfaultfd
     }
@@ -115,14 +121,22 @@ impl Space {
         lock(&self.missing).is_empty() && lock(&self.waiting).is_empty()
     }
 
-    /// Hears all that the kernel has to tell, and answers the faults. `forked` gets the spaces of children.
-    /// Says whether threads still wait: call it again soon then.
+    /// What is missing of this block.
+    pub(super) fn missing_of(&self, touch: Touch) -> Vec<Piece> {
+        let block = touch.vaddr();
+        let end = block.saturating_add(FAULT_BLOCK);
+        lock(&self.missing).overlapping(block, end).collect()
+    }
+
+    /// Hears all that the kernel has to tell, and answers the faults, of which `ahead` is told. `forked` gets the spaces
+    /// of children. Says whether threads still wait: call it again soon then.
     ///
     /// # Errors
     /// When a page cannot be had, or the kernel refuses it for no reason that is known.
     pub(super) fn serve(
         &self,
         buffer: &mut [u8],
+        ahead: &Ahead,
         mut forked: impl FnMut(Self) -> Result<(), ServeError>,
     ) -> Result<bool, ServeError> {
         let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
@@ -155,7 +169,7 @@ impl Space {
         // In the order in which they came, each once: two threads may wait for one page.
         let mut still = Vec::new();
         for vaddr in waiting {
-            if !still.contains(&vaddr) && !self.answer(vaddr, page_size, buffer)? {
+            if !still.contains(&vaddr) && !self.answer(vaddr, page_size, buffer, ahead)? {
                 still.push(vaddr);
             }
         }
@@ -165,7 +179,13 @@ impl Space {
     }
 
     /// Answers a fault; says whether it could be answered now. The gate must be held alone.
-    fn answer(&self, vaddr: u64, page_size: u64, buffer: &mut [u8]) -> Result<bool, ServeError> {
+    fn answer(
+        &self,
+        vaddr: u64,
+        page_size: u64,
+        buffer: &mut [u8],
+        ahead: &Ahead,
+    ) -> Result<bool, ServeError> {
         let block = vaddr & !(FAULT_BLOCK - 1);
         let piece = lock(&self.missing).take_around(vaddr, block, block + FAULT_BLOCK);
         let Some(piece) = piece else {
@@ -181,6 +201,7 @@ impl Space {
                 Some(Refusal::Failed(errno)) => Err(self.refused(vaddr, errno)),
             };
         };
+        ahead.asked(Touch::at(self.pid, vaddr));
         *lock(&self.cursor) = piece.end();
         let bytes = &mut buffer[..piece.bytes as usize];
         self.pages.read(piece.at, bytes)?;
@@ -194,7 +215,6 @@ impl Space {
     /// # Errors
     /// As for [`Self::serve`].
     pub(super) fn load(&self, buffer: &mut [u8]) -> Result<Option<bool>, ServeError> {
-        let page_size = rustix::param::page_size() as u64;
         let wanted = {
             let mut cursor = lock(&self.cursor);
             let next = lock(&self.missing).next(*cursor, buffer.len() as u64, FAULT_BLOCK);
@@ -202,6 +222,15 @@ impl Space {
             *cursor = next.end();
             next
         };
+        self.bring(wanted, buffer).map(Some)
+    }
+
+    /// Brings in what is still missing of this piece, which the buffer must hold; says whether that could be done now.
+    ///
+    /// # Errors
+    /// As for [`Self::serve`].
+    pub(super) fn bring(&self, wanted: Piece, buffer: &mut [u8]) -> Result<bool, ServeError> {
+        let page_size = rustix::param::page_size() as u64;
         // It stays missing while it is read, and nobody waits for the disk: a fault there is answered by
         // the other thread.
         let bytes = &mut buffer[..wanted.bytes as usize];
@@ -220,7 +249,7 @@ impl Space {
                 lock(&self.missing).insert(part);
             }
         }
-        Ok(Some(done))
+        Ok(done)
     }
 
     /// Puts a piece that was taken. What could not be put for now is missing again, and is returned.

@@ -32,6 +32,7 @@ use crate::{
         PE_LAZY, PE_PRESENT,
         tests::{advised, pagemap},
     },
+    touches::MAX_TOUCHES,
 };
 
 const PAGE: usize = 4096;
@@ -162,6 +163,11 @@ impl Process {
 
     fn vaddr(&self, page: usize) -> usize {
         self.base + page * PAGE
+    }
+
+    /// Its block as a note has it.
+    fn touch(&self, page: usize) -> Touch {
+        Touch::at(1, self.vaddr(page) as u64)
     }
 
     fn words(&self, page: usize) -> *mut u64 {
@@ -301,6 +307,11 @@ struct Serving {
 
 impl Serving {
     fn new(dir: &Path) -> Self {
+        Self::after(dir, Vec::new())
+    }
+
+    /// One that has what an earlier restore has noted.
+    fn after(dir: &Path, noted: Vec<Touch>) -> Self {
         let (relay, theirs) = UnixStream::pair().unwrap();
         let dir = dir.to_owned();
         let pages = fs::read_dir(&dir).unwrap().filter_map(|entry| {
@@ -319,7 +330,7 @@ impl Serving {
         // Who holds duplicates lets them go when the pager ends; this one does not hold them at all.
         let mut children = relay.try_clone().unwrap();
         thread::spawn(move || while let Ok(Some(_)) = protocol::receive(&mut children) {});
-        let thread = thread::spawn(move || serve(theirs, &dir, &chunks));
+        let thread = thread::spawn(move || serve(theirs, &dir, &chunks, noted));
         Self { relay, thread }
     }
 
@@ -344,8 +355,8 @@ impl Dice {
     }
 }
 
-/// The promise: whatever a process does to its memory while it comes in, it finds what it would have found
-/// if all had been there from the start.
+/// The promise: whatever a process does to its memory while it comes in, and whatever is brought in ahead, it finds what
+/// it would have found if all had been there from the start.
 #[test]
 fn a_process_finds_what_it_would_have_found() {
     let _turn = turn();
@@ -353,9 +364,14 @@ fn a_process_finds_what_it_would_have_found() {
     for seed in 1..=16 {
         let dir = tempfile::tempdir().unwrap();
         let mut process = Process::new(dir.path(), 1, PAGES);
-        let mut serving = Serving::new(dir.path());
-        process.give(&mut serving.relay, 1);
         let mut dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        // Also of memory that is not the process's, and of processes that there are not.
+        let noted = (0..dice.below(400)).map(|_| {
+            let (pid, page) = (dice.below(3) as i32, dice.below(2 * PAGES));
+            Touch::at(pid, process.vaddr(page) as u64)
+        });
+        let mut serving = Serving::after(dir.path(), noted.collect());
+        process.give(&mut serving.relay, 1);
         serving.finish();
         for _ in 0..150 {
             let count = 1 + dice.below(40);
@@ -476,6 +492,83 @@ fn a_small_process_is_answered_while_a_large_one_comes_in() {
     let served = serving.end().unwrap();
     assert_eq!(served.processes, 2);
     assert_eq!((small.wrong(), large.wrong()), (None, None));
+}
+
+#[test]
+fn what_is_asked_for_is_noted_in_its_order() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::new(dir.path(), 1, 1000);
+    let mut serving = Serving::new(dir.path());
+    process.give(&mut serving.relay, 1);
+    // Until it is finished nothing comes in by itself.
+    let pages = [900, 20, 500, 901, 21, 100];
+    for page in pages {
+        assert!(process.is_right(page));
+    }
+    serving.finish();
+    let served = serving.end().unwrap();
+    let mut expected: Vec<Touch> = Vec::new();
+    for touch in pages.map(|page| process.touch(page)) {
+        // A page may be in its neighbour's block.
+        if !expected.contains(&touch) {
+            expected.push(touch);
+        }
+    }
+    assert_eq!(served.touches, expected);
+    assert_eq!((served.asked, served.ahead), (expected.len(), 0));
+}
+
+/// All blocks from behind: what came in by its address would not be missing any more when its turn comes.
+#[test]
+fn what_was_noted_comes_in_first_and_in_its_order() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::new(dir.path(), 1, 4000);
+    let mut expected: Vec<Touch> = (0..4000).rev().map(|page| process.touch(page)).collect();
+    expected.dedup();
+    let mut noted = expected.clone();
+    // Twice, and what there is not: another process, a forked one, other memory.
+    let last = expected[0].vaddr();
+    let none = [(1, last), (2, last), (0, last), (1, 0), (1, u64::MAX)];
+    let none = none.map(|(pid, vaddr)| Touch::at(pid, vaddr));
+    noted.splice(10..10, none);
+    let mut serving = Serving::after(dir.path(), noted);
+    process.give(&mut serving.relay, 1);
+    serving.finish();
+    let served = serving.end().unwrap();
+    let found = (served.asked, served.ahead, &served.touches);
+    assert_eq!(found, (0, expected.len(), &expected));
+    assert_eq!(process.wrong(), None);
+}
+
+#[test]
+fn what_was_not_noted_takes_its_place_when_it_is_asked_for() {
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let mut process = Process::new(dir.path(), 1, 1000);
+    let [a, b, c, d] = [500, 20, 900, 100].map(|page| process.touch(page));
+    let mut serving = Serving::after(dir.path(), vec![c, a, d]);
+    process.give(&mut serving.relay, 1);
+    assert!(process.is_right(500) && process.is_right(20));
+    serving.finish();
+    let served = serving.end().unwrap();
+    assert_eq!((served.touches, served.ahead), (vec![a, b, c, d], 2));
+    assert_eq!(process.wrong(), None);
+}
+
+#[test]
+fn what_a_forked_process_asks_for_is_not_noted_and_the_note_has_an_end() {
+    let of = |pid, block: usize| Touch::at(pid, block as u64 * FAULT_BLOCK);
+    let ahead = Ahead::new(Vec::new());
+    ahead.asked(of(0, 1));
+    for block in 0..MAX_TOUCHES + 9 {
+        ahead.asked(of(1, block));
+    }
+    let wanted = ahead.into_wanted();
+    assert_eq!(wanted.touches.len(), MAX_TOUCHES);
+    assert_eq!(wanted.touches[0], of(1, 0));
+    assert_eq!(wanted.asked, MAX_TOUCHES + 10);
 }
 
 #[test]

@@ -86,7 +86,9 @@ impl Loading {
             () = ended() => return self.abandon().await,
         };
         match self.pager.ended(pager_exit(exit)) {
-            Ended::Loaded => tracing::info!(id, "all memory is in"),
+            Ended::Loaded { said } => {
+                tracing::info!(id, pager = said.unwrap_or_default(), "all memory is in");
+            }
             Ended::Died(orphans) => {
                 tracing::error!(id, reason = orphans.reason(), "the container is ended");
                 kill.await;
