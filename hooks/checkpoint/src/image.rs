@@ -5,7 +5,8 @@
 //!    .partial/<request>/                    being made; request.json, criu/, pack-…
 //!    .partial/<request>.lock                shared by who asked and who makes; free means: left over
 //!    <namespace>/<name>/<generation>/       sealed: manifest.json, manifest.blake3, and what they list
-//!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it
+//!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it; changed when a
+//!                                           container started from it
 //!    <namespace>/<name>/.last               the highest generation there ever was
 //! ```
 //! [`Request`] (who asked) and [`Order`] (who makes a [`Partial`] of it) are two processes' ends of one partial
@@ -26,12 +27,14 @@ use crate::{
 };
 
 mod folder;
+mod inventory;
 mod laid_out;
 mod partial;
 mod store;
 mod verify;
 
 pub use folder::Scratch;
+pub use inventory::{Evicted, Leftovers};
 pub use partial::{Order, Partial, Request};
 pub(crate) use store::open_regular;
 pub use store::{ImageStore, Listed, SealedImage};

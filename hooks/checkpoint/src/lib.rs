@@ -27,6 +27,7 @@ pub mod pager;
 pub mod pages;
 mod parallel;
 pub mod plain;
+pub mod retention;
 
 pub use chunks::Key;
 pub use image::{

@@ -12,6 +12,10 @@ use crate::{
     uri::DatasetUri,
 };
 
+mod retention;
+
+pub use retention::Retention;
+
 /// How weakly a dataset's file may be verified and still be published. Ordered from weak to strong.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
@@ -182,6 +186,8 @@ pub struct Images {
     pub compression: Compression,
     /// Keys, of which the first that is for a namespace encrypts its new images.
     pub keys: Vec<ImageKey>,
+    /// Which may go when room is needed.
+    pub retention: Retention,
 }
 
 /// How containers are restored.
@@ -280,6 +286,7 @@ struct RawImages {
     export: Vec<Export>,
     compression: Compression,
     key: Vec<ImageKey>,
+    retention: retention::RawRetention,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -355,6 +362,9 @@ impl NodeConfig {
                     "an absolute path is needed",
                 ));
             }
+        }
+        if let Some((name, value, reason)) = raw.images.retention.fault() {
+            return Err(refuse(name, value, reason));
         }
         for (place, key) in raw.images.key.iter().enumerate() {
             if let Some((name, value, reason)) = key.fault() {
@@ -447,6 +457,7 @@ impl Raw {
                 exports: self.images.export,
                 compression: self.images.compression,
                 keys: self.images.key,
+                retention: self.images.retention.resolve(),
             },
             restore: Restore {
                 paging: self.restore.paging,

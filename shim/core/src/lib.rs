@@ -14,4 +14,5 @@ pub mod identity;
 pub mod name;
 pub mod paths;
 pub mod plan;
+pub mod size;
 pub mod uri;

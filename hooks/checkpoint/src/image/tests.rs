@@ -595,3 +595,137 @@ fn move_folder(from: &Path, to: &Path) {
     }
     fs::remove_dir_all(from).unwrap();
 }
+
+/// Says of an image that it was used then.
+fn used_at(store: &ImageStore, generation: u64, seconds: u64) {
+    let (namespace, name) = names();
+    let lock = store.lock_path(&namespace, &name, generation);
+    let file = fs::OpenOptions::new().write(true).open(lock).unwrap();
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+    file.set_modified(time).unwrap();
+}
+
+#[test]
+fn when_an_image_was_used_is_known_to_the_next_process_and_looking_is_no_use() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    used_at(&store, 1, 1000);
+    let (namespace, name) = names();
+    let image = store.resolve(&namespace, &name, None).unwrap();
+    drop(verify(&store, image).unwrap());
+    let last_used = || store.inventory(None).unwrap()[0].last_used;
+    assert_eq!(last_used(), 1000);
+    let image = store.resolve(&namespace, &name, None).unwrap();
+    image.mark_used().unwrap();
+    assert!(last_used() > 1000);
+    // A clock that was wrong keeps nothing for ever.
+    used_at(&store, 1, 1 << 40);
+    assert!(last_used() < 1 << 40);
+}
+
+#[test]
+fn what_is_shared_comes_free_with_the_last_that_has_it() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    drop(make(&store));
+    let held = store.inventory(None).unwrap();
+    let disk_bytes = |path: &Path| {
+        let found = fs::metadata(path).unwrap();
+        std::os::unix::fs::MetadataExt::blocks(&found) * 512
+    };
+    let pack = disk_bytes(&pack(&root.path().join("team-a/warm/1")));
+    // 1.2 MB that both have.
+    assert!(pack >= 1_200_000);
+    let [first, second] = [&held[0], &held[1]].map(|image| (image.own_bytes(), image.bytes()));
+    assert!(first.0 < pack && first.1 >= pack && second.1 >= pack);
+    assert_eq!(store.evict(&held[0]).unwrap(), Evicted::Freed(first.0));
+    assert_eq!(store.evict(&held[0]).unwrap(), Evicted::Gone);
+    assert_eq!(store.evict(&held[1]).unwrap(), Evicted::Freed(second.1));
+    assert_eq!(store.inventory(None).unwrap(), []);
+    let left: Vec<_> = fs::read_dir(root.path().join("team-a/warm"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left, [".last"]);
+}
+
+#[test]
+fn a_lease_that_comes_between_the_plan_and_the_removal_wins() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    used_at(&store, 1, 1000);
+    let held = store.inventory(None).unwrap().remove(0);
+    let (namespace, name) = names();
+    let image = store.resolve(&namespace, &name, None).unwrap();
+    assert_eq!(store.evict(&held).unwrap(), Evicted::Used);
+    // Also one that is over already: its image is the most recently used one now.
+    image.mark_used().unwrap();
+    drop(image);
+    assert_eq!(store.evict(&held).unwrap(), Evicted::Used);
+    let again = store.inventory(None).unwrap().remove(0);
+    assert!(matches!(store.evict(&again).unwrap(), Evicted::Freed(n) if n > 0));
+}
+
+/// Of many that resolve and one that removes, each gets an image that stays as long as it holds it, or none.
+#[test]
+fn an_eviction_that_races_with_restores_takes_nothing_away() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let (namespace, name) = names();
+    let (mut won, mut lost) = (0, 0);
+    for _ in 0..40 {
+        drop(make(&store));
+        let held = store.inventory(None).unwrap().remove(0);
+        let outcome = std::thread::scope(|scope| {
+            let restore = scope.spawn(|| match store.resolve(&namespace, &name, None) {
+                Ok(image) => Some(image.chunks(None).map(|_| drop(image))),
+                Err(ImageError::Unknown(_)) => None,
+                Err(other) => panic!("{other}"),
+            });
+            let evicted = store.evict(&held).unwrap();
+            (restore.join().unwrap(), evicted)
+        });
+        match outcome {
+            (Some(whole), _) => {
+                whole.unwrap();
+                won += 1;
+            }
+            (None, evicted) => {
+                assert!(matches!(evicted, Evicted::Freed(_)), "{evicted:?}");
+                lost += 1;
+            }
+        }
+        let _ = store.remove(&namespace, &name, None, false);
+    }
+    println!("the restore came first {won} times, and the eviction {lost} times");
+    let home = root.path().join("team-a/warm");
+    let left = fs::read_dir(home).unwrap().map(|e| e.unwrap().file_name());
+    assert_eq!(left.collect::<Vec<_>>(), [".last"]);
+}
+
+#[test]
+fn what_the_killed_left_is_found_and_removed_and_what_somebody_holds_is_not() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    drop(make(&store));
+    // A removal that was killed behind its first step.
+    fs::remove_file(root.path().join("team-a/warm/1").join(MANIFEST_FILE)).unwrap();
+    let (namespace, name) = names();
+    let request = store.begin(&namespace, &name, Source::default()).unwrap();
+    let partial = Making::plain().begin(&store, &request);
+    let dead = store.partial_dir().join("dead");
+    fs::create_dir_all(dead.join(CRIU_DIR)).unwrap();
+    fs::write(dead.join("criu/pages-1.img"), vec![7; 1 << 20]).unwrap();
+    assert_eq!(store.inventory(None).unwrap().len(), 1);
+    let seen = store.leftovers(false).unwrap();
+    assert!(seen.folders == 2 && seen.bytes >= 1 << 20, "{seen:?}");
+    assert!(dead.exists());
+    assert_eq!(store.leftovers(true).unwrap(), seen);
+    assert!(!dead.exists() && partial.criu_dir().is_dir());
+    assert_eq!(store.leftovers(true).unwrap(), Leftovers::default());
+    assert_eq!(store.list(None).unwrap().len(), 1);
+}
