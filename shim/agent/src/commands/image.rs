@@ -26,6 +26,8 @@ use crate::{
     output::{self, Paint},
 };
 
+mod gc;
+
 /// Digits of a digest that are shown, and enough to tell two apart.
 const SHORT: usize = 12;
 
@@ -36,11 +38,24 @@ Examples:
   rekindle image show team-a/warm
   rekindle image verify team-a/warm@3
   rekindle image rm team-a/warm@1
+  rekindle image gc --dry-run
+  rekindle image gc --keep 2 --idle 72h --quota 200GiB
 
 An image is named [NAMESPACE/]NAME[@GENERATION]. Without a generation, show and verify mean the newest,
 and rm means all of them. Without a namespace all are searched, and the name must be in one only.
 
 Exit codes: 0 done, 1 failed or damaged, 2 wrong usage, 3 refused (in use), 4 no such image.";
+
+const GC_EXAMPLES: &str = "\
+Examples:
+  rekindle image gc --dry-run             # what would go, by [images.retention] of the configuration
+  rekindle image gc --keep 2 --idle 72h
+  rekindle image gc -n team-a --quota 50GiB --json
+
+Without rules, the least recently used generations go until a fifth of the disk is free, but for the newest
+of each name. What a container leases is never removed.
+
+Exit codes: 0 done, also where nothing was removed; 1 failed; 2 wrong usage.";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -86,6 +101,9 @@ enum ImageCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Make room: remove what the node's rules, or these, say may go, and what killed checkpoints left.
+    #[command(after_help = GC_EXAMPLES)]
+    Gc(gc::GcArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -107,6 +125,7 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
             verify(&store, config, &images, namespace.as_ref())
         }
         ImageCommand::Rm { which, force } => rm(&store, &which, force),
+        ImageCommand::Gc(args) => gc::run(&store, config, &args),
     })
 }
 
@@ -467,7 +486,10 @@ fn age(created: u64) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let seconds = now.as_secs().saturating_sub(created);
+    span(now.as_secs().saturating_sub(created))
+}
+
+fn span(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds}s"),
         60..3600 => format!("{}m", seconds / 60),

@@ -1,0 +1,5 @@
+//! `rekindle image` on stores that are made here: no containerd, no root.
+#![allow(clippy::unwrap_used)]
+
+mod gc;
+mod node;
