@@ -17,6 +17,7 @@
 
 pub mod archive;
 pub mod chunks;
+pub mod contents;
 pub mod criu_image;
 pub mod deleted;
 pub mod fit;

@@ -1,5 +1,6 @@
 //! `rekindle image` on stores that are made here: no containerd, no root.
 #![allow(clippy::unwrap_used)]
 
+mod diff;
 mod gc;
 mod node;
