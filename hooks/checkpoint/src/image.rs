@@ -26,6 +26,7 @@ use crate::{
     manifest::{ManifestError, shorten},
 };
 
+mod arriving;
 mod folder;
 mod inventory;
 mod laid_out;

@@ -22,6 +22,7 @@ pub mod criu_image;
 pub mod deleted;
 pub mod fit;
 pub mod image;
+pub mod layout;
 pub mod manifest;
 pub mod page_server;
 pub mod pager;

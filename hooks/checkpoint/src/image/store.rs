@@ -67,6 +67,14 @@ impl SealedImage {
         self.generation
     }
 
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(crate) fn manifest_bytes(&self) -> &[u8] {
+        &self.manifest_bytes
+    }
+
     /// Notes that a container starts from it, for [`retention`](crate::retention). The time is the one at which its lock
     /// was last changed: it survives this process, and a power cut but for the last seconds before it.
     ///

@@ -15,15 +15,15 @@ use crate::{
     pages::{Tasks, take_pages},
 };
 
-fn names() -> (Namespace, ImageName) {
+pub(crate) fn names() -> (Namespace, ImageName) {
     ("team-a".parse().unwrap(), "warm".parse().unwrap())
 }
 
 /// What the shim does with a request: dumps, stores, seals.
-struct Making {
-    key: Option<Key>,
-    compression: Compression,
-    private: PathBuf,
+pub(crate) struct Making {
+    pub(crate) key: Option<Key>,
+    pub(crate) compression: Compression,
+    pub(crate) private: PathBuf,
 }
 
 impl Making {
@@ -42,7 +42,7 @@ impl Making {
             .unwrap()
     }
 
-    fn make(&self, store: &ImageStore) -> SealedImage {
+    pub(crate) fn make(&self, store: &ImageStore) -> SealedImage {
         let (namespace, name) = names();
         let request = store.begin(&namespace, &name, Source::default()).unwrap();
         let partial = self.begin(store, &request);
@@ -67,7 +67,7 @@ fn upper_layer() -> Vec<u8> {
 }
 
 /// Makes an image as the CLI and the shim do together.
-fn make(store: &ImageStore) -> SealedImage {
+pub(crate) fn make(store: &ImageStore) -> SealedImage {
     Making::plain().make(store)
 }
 
@@ -83,7 +83,7 @@ pub(crate) fn staged(root: &Path) -> Arc<StagedImage> {
     Arc::new(verify(&store, make(&store)).unwrap().staged())
 }
 
-fn leftovers(store: &ImageStore) -> usize {
+pub(crate) fn leftovers(store: &ImageStore) -> usize {
     fs::read_dir(store.partial_dir()).unwrap().count()
 }
 
@@ -155,7 +155,7 @@ fn a_flipped_byte_anywhere_is_found() {
 }
 
 /// The one pack of an image.
-fn pack(image: &Path) -> PathBuf {
+pub(crate) fn pack(image: &Path) -> PathBuf {
     let mut all = fs::read_dir(image)
         .unwrap()
         .map(|entry| entry.unwrap().path());
@@ -168,7 +168,7 @@ fn pack(image: &Path) -> PathBuf {
     all.find(pack).unwrap()
 }
 
-fn flip(path: &Path, at: u64, bit: u8) {
+pub(crate) fn flip(path: &Path, at: u64, bit: u8) {
     let file = fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -354,7 +354,7 @@ fn a_well_sealed_image_that_would_fill_the_node_is_refused() {
     );
 }
 
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -24,6 +24,7 @@ use crate::{
 
 mod diff;
 mod gc;
+mod oci;
 mod opened;
 mod show;
 
@@ -33,6 +34,8 @@ Examples:
   rekindle image ls -n team-a --json
   rekindle image show team-a/warm
   rekindle image diff team-a/warm@1 team-a/warm@2
+  rekindle image push team-a/warm oci:/mnt/images
+  rekindle image pull oci:/mnt/images
   rekindle image verify team-a/warm@3
   rekindle image rm team-a/warm@1
   rekindle image gc --dry-run
@@ -53,6 +56,18 @@ An encrypted image is compared with its key only, and two under different keys h
 that could be told.
 
 Exit codes: 0 done, whether they differ or not; 1 failed or damaged; 2 wrong usage; 4 no such image.";
+
+const OCI_EXAMPLES: &str = "\
+Examples:
+  rekindle image push team-a/warm oci:/mnt/images
+  rekindle image push team-a/warm@3 oci:/mnt/images:warm-3 --json
+  rekindle image pull oci:/mnt/images:warm-3
+  rekindle image pull oci:/mnt/images:warm-3 team-b/warm
+
+An encrypted image travels encrypted. Without its key it is pulled under its own name only, and its chunks
+are compared when they are read.
+
+Exit codes: 0 done, 1 failed or refused for what it is, 2 wrong usage, 4 no such image or tag.";
 
 const GC_EXAMPLES: &str = "\
 Examples:
@@ -113,6 +128,12 @@ enum ImageCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Copy an image into an OCI image layout, a folder. What is there already is not written again.
+    #[command(after_help = OCI_EXAMPLES)]
+    Push(oci::PushArgs),
+    /// Take an image out of an OCI image layout, verify it, and make it the next generation.
+    #[command(after_help = OCI_EXAMPLES)]
+    Pull(oci::PullArgs),
     /// Make room: remove what the node's rules, or these, say may go, and what killed checkpoints left.
     #[command(after_help = GC_EXAMPLES)]
     Gc(gc::GcArgs),
@@ -133,6 +154,8 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
     tokio::task::block_in_place(|| match args.command {
         ImageCommand::Ls { namespace, json } => ls(&store, namespace.as_ref(), json),
         ImageCommand::Show { which, json } => show::run(&store, config, &which, json),
+        ImageCommand::Push(args) => oci::push(&store, &args),
+        ImageCommand::Pull(args) => oci::pull(&store, config, &args),
         ImageCommand::Diff(args) => diff::run(&store, config, &args),
         ImageCommand::Verify { images, namespace } => {
             verify(&store, config, &images, namespace.as_ref())
@@ -261,21 +284,34 @@ fn check(store: &ImageStore, config: &NodeConfig, image: SealedImage) -> anyhow:
     let room = opened::Room::new(store, key.as_ref())?;
     let verified = image.verify(&room.path, key.as_ref())?;
     let done = AtomicU64::new(0);
-    let bar = bar(&reference, packs);
+    with_bar(
+        &reference,
+        packs,
+        || done.load(Ordering::Relaxed),
+        || verified.verify_chunks(&done),
+    )?;
+    Ok(format!("{reference}  {}", output::bytes(bytes)))
+}
+
+/// Does some work with a bar on a terminal, which `done` moves up to `bytes`.
+fn with_bar<T: Send>(
+    title: &str,
+    bytes: u64,
+    done: impl Fn() -> u64,
+    work: impl FnOnce() -> T + Send,
+) -> T {
+    let bar = bar(title, bytes);
     let result = std::thread::scope(|scope| {
-        let checking = scope.spawn(|| verified.verify_chunks(&done));
-        while !checking.is_finished() {
-            bar.set_position(done.load(Ordering::Relaxed));
+        let working = scope.spawn(work);
+        while !working.is_finished() {
+            bar.set_position(done());
             // The bar is drawn this often; `unpark` is not needed, for nobody waits for less.
             std::thread::park_timeout(Duration::from_millis(50));
         }
-        checking.join()
+        working.join()
     });
     bar.finish_and_clear();
-    match result {
-        Ok(checked) => Ok(checked.map(|()| format!("{reference}  {}", output::bytes(bytes)))?),
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn bar(reference: &str, bytes: u64) -> ProgressBar {

@@ -4,3 +4,4 @@
 mod diff;
 mod gc;
 mod node;
+mod oci;

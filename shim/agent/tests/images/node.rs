@@ -37,7 +37,7 @@ impl Node {
         self.folder.path().join("images")
     }
 
-    fn config(&self) -> PathBuf {
+    pub(crate) fn config(&self) -> PathBuf {
         self.folder.path().join("config.toml")
     }
 
