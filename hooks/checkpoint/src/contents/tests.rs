@@ -28,7 +28,9 @@ fn mm(areas: &[(u64, u64, u64, u64)]) -> Vec<u8> {
             ])
         })
         .collect();
-    let fields: Vec<_> = areas.iter().map(|area| (14, Text(area))).collect();
+    let mut fields: Vec<_> = areas.iter().map(|area| (14, Text(area))).collect();
+    // Where the stack begins: near the end of its mapping.
+    fields.push((5, Number(0x7fff_0fff)));
     image(0x5749_2820, &[message(&fields)])
 }
 
@@ -73,12 +75,13 @@ fn made(store: &ImageStore, heap: &[u8]) -> Arc<Chunks> {
     fs::remove_file(criu.join("pages-1.img")).unwrap();
     let flags = PE_PRESENT | PE_LAZY;
     // The last page of the heap, and the library, are one run.
-    let map = pagemap(1, &[(0x10_0000, pages + 1, flags)]);
+    let map = pagemap(1, &[(0x10_0000, pages + 1, flags), (0x7fff_0000, 1, flags)]);
     fs::write(criu.join("pagemap-1.img"), map).unwrap();
     let end = 0x10_0000 + pages * PAGE;
     let areas = [
         (0x10_0000, end, 0, 1 | 1 << 5 | 1 << 9),
         (end, end + 4 * PAGE, 5, 1 | 1 << 6),
+        (0x7ffe_0000, 0x7fff_1000, 0, 1 | 1 << 9),
         (end + 8 * PAGE, end + 9 * PAGE, 0, 1 << 16),
     ];
     fs::write(criu.join("mm-1.img"), mm(&areas)).unwrap();
@@ -86,6 +89,7 @@ fn made(store: &ImageStore, heap: &[u8]) -> Arc<Chunks> {
     let mut stream = partial.chunks().stream("criu/pages-1.img");
     stream.write_all(heap).unwrap();
     stream.write_all(&[9; PAGE as usize]).unwrap();
+    stream.write_all(&[8; PAGE as usize]).unwrap();
     stream.finish().unwrap();
     let image = partial.seal(Facts::default()).unwrap();
     Arc::new(image.chunks(None).unwrap())
@@ -127,11 +131,12 @@ fn memory_is_told_by_what_it_is_for_and_what_another_image_has() {
         memory,
         [
             (of(AreaKind::Heap, None), heap),
+            (of(AreaKind::Stack, None), library),
             (of(AreaKind::File, Some("/lib/libc.so.6")), library)
         ]
     );
     assert_eq!(heap.own(), 1 << 16);
-    assert_eq!(second.in_common(&common), (3, (2 << 16) + PAGE));
+    assert_eq!(second.in_common(&common), (3, (2 << 16) + 2 * PAGE));
     let socket = |kind, state, local: Option<&str>, peer: Option<&str>| Socket {
         kind,
         state,

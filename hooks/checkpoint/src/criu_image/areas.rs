@@ -12,7 +12,6 @@ use super::{
 };
 
 /// Bits of a mapping's status (`VMA_*` of `criu/include/image.h`).
-const STACK: u64 = 1 << 1;
 const VSYSCALL: u64 = 1 << 2;
 const VDSO: u64 = 1 << 3;
 const HEAP: u64 = 1 << 5;
@@ -59,20 +58,29 @@ pub struct Area {
 /// # Errors
 /// When the file that lists them cannot be read, or lists what no process could have.
 pub fn areas(dir: &Path, pid: u32) -> Result<Vec<Area>, CriuImageError> {
-    let mut all = Vec::new();
+    let mut all: Vec<Area> = Vec::new();
+    let mut stack = None;
     let path = dir.join(format!("mm-{pid}.img"));
     each_record(&path, MM_MAGIC, |message| {
         let mut malformed = None;
-        wire::fields(message, |field, _| {
-            if field.number == 14 {
-                match area(field.bytes) {
-                    Ok(area) => all.extend(area),
-                    Err(what) => malformed = Some(what),
-                }
-            }
+        wire::fields(message, |field, _| match field.number {
+            5 => stack = field.value,
+            14 => match area(field.bytes) {
+                Ok(area) => all.extend(area),
+                Err(what) => malformed = Some(what),
+            },
+            _ => {}
         })?;
         malformed.map_or(Ok(()), Err)
     })?;
+    // CRIU has a bit for the stack, and does not set it; it says where the stack began.
+    let is_stack = |area: &&mut Area| {
+        let here = stack.is_some_and(|stack| (area.start..area.end).contains(&stack));
+        here && area.kind == AreaKind::Anonymous
+    };
+    for area in all.iter_mut().filter(is_stack) {
+        area.kind = AreaKind::Stack;
+    }
     all.sort_by_key(|area| (area.start, area.end));
     if all.windows(2).any(|pair| pair[0].end > pair[1].start) {
         return Err(CriuImageError::Malformed {
@@ -106,7 +114,7 @@ fn area(message: &[u8]) -> Result<Option<Area>, &'static str> {
         AreaKind::File
     } else if has(HEAP) {
         AreaKind::Heap
-    } else if has(STACK | SHADOW_STACK) {
+    } else if has(SHADOW_STACK) {
         AreaKind::Stack
     } else {
         AreaKind::Anonymous
