@@ -12,14 +12,18 @@ use std::{
 
 use rekindle_checkpoint::{
     Key, Manifest,
-    archive::{Existing, open_dir, unpack},
+    archive::{Existing, differences, list, open_dir, unpack},
     chunks::{CHUNK, Chunks, Digest, Index},
     criu_image::{
-        CriuImageError, PE_PARENT, Pagemap, Run, check_folder, credentials, link_remaps, pages_file,
+        CriuImageError, OpenFiles, PE_PARENT, Pagemap, Run, areas, check_folder, credentials,
+        link_remaps, pages_file,
     },
+    layout::{ARTIFACT, Layout},
     manifest::{CRIU_DIR, FORMAT, MANIFEST_FILE, MAX_FILES, MAX_ITEMS, PackEntry},
     touches,
 };
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 /// What one target does with an input.
@@ -31,6 +35,7 @@ pub const ALL: &[(&str, Body)] = &[
     ("chunk", chunk),
     ("folder", folder),
     ("index", index),
+    ("layout", layout),
     ("manifest", manifest),
     ("pagemap", pagemap),
     ("touches", touches),
@@ -342,6 +347,12 @@ pub fn folder(bytes: &[u8]) {
         // Where a byte is no text, three stand for it.
         assert!(tasks.iter().all(|task| task.comm.len() <= 45));
     }
+    for area in areas(dir, 1).unwrap_or_default().windows(2) {
+        assert!(area[0].start < area[0].end && area[0].end <= area[1].start);
+    }
+    if let Ok(files) = OpenFiles::read(dir) {
+        assert!(files.sockets.is_sorted());
+    }
     for remap in link_remaps(dir).unwrap_or_default() {
         assert!(remap.deleted.is_absolute() && remap.link.is_absolute());
     }
@@ -408,6 +419,11 @@ pub fn archive(bytes: &[u8]) {
         );
 
         let inside = walk(&into);
+        if unpacked.is_ok() {
+            let listed = list(bytes).unwrap();
+            assert!(listed.is_sorted_by(|a, b| a.path <= b.path));
+            assert!(differences(&listed, &listed).is_empty());
+        }
         let Ok(unpacked) = unpacked else {
             assert!(inside.is_empty(), "{existing:?} left {inside:?}");
             continue;
@@ -484,3 +500,42 @@ pub fn touches(bytes: &[u8]) {
         }
     }
 }
+
+/// The bytes are the index of an OCI layout; and then the manifest that a tag names, beside the config of an image.
+pub fn layout(bytes: &[u8]) {
+    let dir = new_folder();
+    let dir = dir.path();
+    fs::create_dir_all(dir.join("blobs/sha256")).unwrap();
+    fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion": "1.0.0"}"#).unwrap();
+    fs::write(dir.join("index.json"), bytes).unwrap();
+    let layout = Layout::open(dir).unwrap();
+    for tag in [None, Some("t")] {
+        // There are no blobs yet. 120 characters of what is refused, the longest of which is written in ten.
+        let refused = layout.find(tag).unwrap_err().to_string();
+        assert!(refused.len() < 4096, "{refused}");
+    }
+    let put = |bytes: &[u8]| {
+        let digest: String = Sha256::digest(bytes)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        fs::write(dir.join("blobs/sha256").join(&digest), bytes).unwrap();
+        format!("sha256:{digest}")
+    };
+    put(CONFIG);
+    let of = json!({
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "artifactType": ARTIFACT,
+        "digest": put(bytes),
+        "size": bytes.len(),
+    });
+    let index = json!({"schemaVersion": 2, "manifests": [of]});
+    fs::write(dir.join("index.json"), index.to_string()).unwrap();
+    if let Ok(found) = layout.find(None) {
+        let known = Manifest::parse(Path::new(MANIFEST_FILE), CONFIG).unwrap();
+        assert_eq!(*found.manifest(), known);
+    }
+}
+
+/// The manifest of an image with an index and a pack.
+const CONFIG: &[u8] = br#"{"format":2,"namespace":"a","name":"x","request":"r","created":0,"facts":{},"compression":"none","encryption":null,"stored":{"bytes":0,"zeros":0,"shared":0,"written":0},"packs":[{"id":"00000000000000000000000000000000","size":9}],"files":[{"path":"chunks.index","size":20,"blake3":"0000000000000000000000000000000000000000000000000000000000000000"}]}"#;

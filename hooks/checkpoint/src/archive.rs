@@ -18,10 +18,12 @@ use std::{
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 mod attributes;
+mod list;
 mod made;
 mod pack;
 mod unpack;
 
+pub use list::{Change, Difference, Kind, Listed, differences, list};
 pub use made::Made;
 pub use pack::{Packed, Sink, pack, pack_with_deleted};
 pub use unpack::{Existing, Unpacked, unpack};

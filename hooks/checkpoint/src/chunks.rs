@@ -28,11 +28,13 @@ use serde::{Deserialize, Serialize};
 
 mod cipher;
 mod codec;
+mod compare;
 mod index;
 mod reader;
 mod writer;
 
 pub use cipher::{Cipher, Key, KeyError};
+pub use compare::{Common, Composition};
 pub use index::{Index, MAX_INDEX};
 pub use reader::{Chunks, StreamReader};
 pub use writer::{Base, ChunkWriter, Room, Stored, StreamWriter};

@@ -10,13 +10,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
+mod areas;
 mod credentials;
+mod files;
 mod folder;
 mod mappings;
 mod remaps;
 mod wire;
 
+pub use areas::{Area, AreaKind, areas};
 pub use credentials::{CapabilityBits, Credentials, Task, credentials};
+pub use files::{OpenFiles, Socket, SocketKind};
 pub use folder::check_folder;
 pub(crate) use mappings::Mappings;
 pub use remaps::{LinkRemap, link_remaps};

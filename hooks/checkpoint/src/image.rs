@@ -5,7 +5,8 @@
 //!    .partial/<request>/                    being made; request.json, criu/, pack-…
 //!    .partial/<request>.lock                shared by who asked and who makes; free means: left over
 //!    <namespace>/<name>/<generation>/       sealed: manifest.json, manifest.blake3, and what they list
-//!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it
+//!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it; changed when a
+//!                                           container started from it
 //!    <namespace>/<name>/.<generation>.touches  what a restore of it asked for first: a hint, and no part of it
 //!    <namespace>/<name>/.last               the highest generation there ever was
 //! ```
@@ -27,7 +28,9 @@ use crate::{
     touches::TouchesError,
 };
 
+mod arriving;
 mod folder;
+mod inventory;
 mod laid_out;
 mod partial;
 mod store;
@@ -35,6 +38,7 @@ mod touched;
 mod verify;
 
 pub use folder::Scratch;
+pub use inventory::{Evicted, Leftovers};
 pub use partial::{Order, Partial, Request};
 pub(crate) use store::open_regular;
 pub use store::{ImageStore, Listed, SealedImage};

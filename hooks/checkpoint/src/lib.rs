@@ -17,10 +17,12 @@
 
 pub mod archive;
 pub mod chunks;
+pub mod contents;
 pub mod criu_image;
 pub mod deleted;
 pub mod fit;
 pub mod image;
+pub mod layout;
 pub mod manifest;
 pub mod page_server;
 pub mod pager;
@@ -28,6 +30,7 @@ pub mod pages;
 mod parallel;
 pub mod plain;
 pub mod precopy;
+pub mod retention;
 pub mod touches;
 
 pub use chunks::Key;

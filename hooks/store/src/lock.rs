@@ -6,6 +6,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::Path,
+    time::SystemTime,
 };
 
 use crate::StoreError;
@@ -14,7 +15,7 @@ use crate::StoreError;
 /// the old inode and one on the new. (Where its folder is removed as a whole, a new holder notices.)
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -41,6 +42,15 @@ impl Lock {
     pub fn try_share(path: &Path) -> Result<Option<Self>, StoreError> {
         hold(path, |file| attempt(file.try_lock_shared()))
     }
+
+    /// Sets the file's time of modification to now. Nothing else changes that, neither taking a lock nor looking
+    /// whether it is held: so it says when somebody last wanted it to.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn touch(&self) -> io::Result<()> {
+        self.file.set_modified(SystemTime::now())
+    }
 }
 
 fn attempt(result: Result<(), TryLockError>) -> io::Result<bool> {
@@ -66,7 +76,7 @@ fn hold(path: &Path, lock: impl Fn(&File) -> io::Result<bool>) -> Result<Option<
             let held = file.metadata()?;
             match path.metadata() {
                 Ok(now) if (now.dev(), now.ino()) == (held.dev(), held.ino()) => {
-                    return Ok(Some(Lock { _file: file }));
+                    return Ok(Some(Lock { file }));
                 }
                 // The file was removed while we waited: what we hold protects nothing.
                 Ok(_) => {}
@@ -95,6 +105,21 @@ mod tests {
         assert!(Lock::try_acquire(&path).unwrap().is_none());
         drop(lease);
         assert!(Lock::try_acquire(&path).unwrap().is_some());
+    }
+
+    #[test]
+    fn only_a_touch_changes_when_it_was_touched() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("lock");
+        let touched = || path.metadata().unwrap().modified().unwrap();
+        let lease = Lock::try_share(&path).unwrap().unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        assert!(Lock::try_acquire(&path).unwrap().is_none());
+        drop(Lock::try_share(&path).unwrap());
+        assert_eq!(touched(), SystemTime::UNIX_EPOCH);
+        lease.touch().unwrap();
+        assert!(touched() > SystemTime::UNIX_EPOCH);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{error::Error, process::ExitCode};
 
-use rekindle_checkpoint::ImageError;
+use rekindle_checkpoint::{ImageError, layout::LayoutError};
 
 /// Shown below `--help`; `docs/CONFIGURATION.md` has the same table.
 pub(crate) const TABLE: &str = "\
@@ -39,7 +39,12 @@ fn of(error: &(dyn Error + 'static)) -> Option<u8> {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         return Some(failure.code());
     }
-    match error.downcast_ref::<ImageError>()? {
+    let image = match error.downcast_ref::<LayoutError>() {
+        Some(LayoutError::NoTag { .. }) => return Some(4),
+        Some(LayoutError::Image(image)) => Some(image),
+        _ => error.downcast_ref::<ImageError>(),
+    };
+    match image? {
         ImageError::Unknown(_) => Some(4),
         ImageError::InUse(_) => Some(3),
         // A damaged one too, as `image verify` has it.

@@ -12,6 +12,10 @@ use crate::{
     uri::DatasetUri,
 };
 
+mod retention;
+
+pub use retention::Retention;
+
 /// How weakly a dataset's file may be verified and still be published. Ordered from weak to strong.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
@@ -184,6 +188,8 @@ pub struct Images {
     pub precopy: bool,
     /// Keys, of which the first that is for a namespace encrypts its new images.
     pub keys: Vec<ImageKey>,
+    /// Which may go when room is needed.
+    pub retention: Retention,
 }
 
 /// How containers are restored.
@@ -283,6 +289,7 @@ struct RawImages {
     compression: Compression,
     precopy: Option<bool>,
     key: Vec<ImageKey>,
+    retention: retention::RawRetention,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -358,6 +365,9 @@ impl NodeConfig {
                     "an absolute path is needed",
                 ));
             }
+        }
+        if let Some((name, value, reason)) = raw.images.retention.fault() {
+            return Err(refuse(name, value, reason));
         }
         for (place, key) in raw.images.key.iter().enumerate() {
             if let Some((name, value, reason)) = key.fault() {
@@ -451,6 +461,7 @@ impl Raw {
                 compression: self.images.compression,
                 precopy: self.images.precopy.unwrap_or(true),
                 keys: self.images.key,
+                retention: self.images.retention.resolve(),
             },
             restore: Restore {
                 paging: self.restore.paging,

@@ -14,5 +14,6 @@ pub mod identity;
 pub mod name;
 pub mod paths;
 pub mod plan;
+pub mod size;
 pub mod step;
 pub mod uri;

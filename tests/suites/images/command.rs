@@ -57,10 +57,20 @@ pub(crate) async fn an_image_is_shown(stage: &Stage) -> Result<()> {
 
     let json = says(stage, &["image", "show", "default/shown@1", "--json"]).await?;
     assert_eq!(json.lines().count(), 1, "{json}");
-    let manifest: Value = serde_json::from_str(&json)?;
+    let mut manifest: Value = serde_json::from_str(&json)?;
     assert_eq!(
         (&manifest["namespace"], &manifest["name"]),
         (&"default".into(), &"shown".into())
+    );
+    let told = manifest.as_object_mut().context("no object")?;
+    let contents = told.remove("contents").context("no contents")?;
+    told.remove("packs_shared_with");
+    let memory = contents["memory"].as_array().context("no memory")?;
+    let stack = memory.iter().find(|of| of["kind"] == "stack");
+    let stack = stack.context("the counter has no stack")?;
+    ensure!(
+        stack["pid"] == 1 && stack["bytes"].as_u64() > Some(0),
+        "{stack}"
     );
     let written = fs::read(stage.image("default", "shown").join("manifest.json"))?;
     assert_eq!(manifest, serde_json::from_slice::<Value>(&written)?);

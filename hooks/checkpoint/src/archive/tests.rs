@@ -455,3 +455,48 @@ fn a_link_in_a_containers_root_leads_to_a_place_in_there() {
     let absent = open_in_root(root.path(), Path::new("/no/such")).unwrap_err();
     assert_eq!(absent.kind(), io::ErrorKind::NotFound);
 }
+
+#[test]
+fn two_archives_are_compared_by_what_is_in_them_and_not_by_its_times() {
+    let root = tempfile::tempdir().unwrap();
+    let (first, second) = (root.path().join("first"), root.path().join("second"));
+    for dir in [&first, &second] {
+        fs::create_dir_all(dir.join("etc")).unwrap();
+        fs::write(dir.join("etc/same"), "same").unwrap();
+    }
+    fs::write(first.join("gone"), "12345").unwrap();
+    fs::write(second.join("new"), "1234567").unwrap();
+    fs::write(first.join("etc/changed"), "12").unwrap();
+    fs::write(second.join("etc/changed"), "123").unwrap();
+    fs::write(first.join("mode"), "").unwrap();
+    fs::write(second.join("mode"), "").unwrap();
+    fs::set_permissions(second.join("mode"), fs::Permissions::from_mode(0o600)).unwrap();
+    let older = std::time::UNIX_EPOCH;
+    let same = File::options().write(true).open(second.join("etc/same"));
+    same.unwrap().set_modified(older).unwrap();
+    let listed = [&first, &second].map(|dir| {
+        let tar = dir.with_extension("tar");
+        pack_to(dir, &tar);
+        list(File::open(tar).unwrap()).unwrap()
+    });
+    let found: Vec<_> = differences(&listed[0], &listed[1])
+        .into_iter()
+        .map(|found| (found.path.display().to_string(), found.change, found.bytes))
+        .collect();
+    let is = |path: &str, change, bytes| (path.to_owned(), change, bytes);
+    assert_eq!(
+        found,
+        [
+            is("etc/changed", Change::Changed, [2, 3]),
+            is("gone", Change::Removed, [5, 0]),
+            is("mode", Change::Changed, [0, 0]),
+            is("new", Change::Added, [0, 7]),
+        ]
+    );
+    let mut cut = fs::read(first.with_extension("tar")).unwrap();
+    cut.truncate(1000);
+    assert!(matches!(
+        list(&cut[..]),
+        Err(ArchiveError::Malformed { .. })
+    ));
+}

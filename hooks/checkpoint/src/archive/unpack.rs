@@ -26,7 +26,7 @@ use super::{ArchiveError, MAX_BYTES, MAX_DEPTH, Made, attributes, open_beneath};
 use crate::manifest::shorten;
 
 /// Bytes of one read. Runs of zeros of [`BLOCK`] bytes become holes.
-const BUFFER: usize = 256 << 10;
+pub(super) const BUFFER: usize = 256 << 10;
 const BLOCK: usize = 4096;
 
 /// What to do with a name that is there already.
@@ -96,17 +96,17 @@ enum Found {
 }
 
 /// What an entry's header and records say.
-struct Item {
+pub(super) struct Item {
     /// Relative; empty for the folder itself.
-    path: PathBuf,
-    kind: EntryType,
-    mode: Mode,
-    owner: (Uid, Gid),
+    pub(super) path: PathBuf,
+    pub(super) kind: EntryType,
+    pub(super) mode: Mode,
+    pub(super) owner: (Uid, Gid),
     times: Timestamps,
-    size: u64,
-    device: (u32, u32),
-    link: Vec<u8>,
-    records: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(super) size: u64,
+    pub(super) device: (u32, u32),
+    pub(super) link: Vec<u8>,
+    pub(super) records: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Unpacker<'_> {
@@ -307,7 +307,7 @@ impl Unpacker<'_> {
     }
 }
 
-fn item<R: Read>(entry: &mut Entry<'_, R>, last: &Path) -> Result<Item, ArchiveError> {
+pub(super) fn item<R: Read>(entry: &mut Entry<'_, R>, last: &Path) -> Result<Item, ArchiveError> {
     let malformed = |source| ArchiveError::Malformed {
         path: last.to_owned(),
         source,

@@ -25,8 +25,8 @@ use crate::{image::open_regular, manifest::PackEntry, parallel::in_parallel};
 pub struct Chunks {
     packs: Vec<Pack>,
     addresses: Addresses,
-    rows: Vec<Chunk>,
-    streams: BTreeMap<String, Parts>,
+    pub(super) rows: Vec<Chunk>,
+    pub(super) streams: BTreeMap<String, Parts>,
 }
 
 #[derive(Debug)]
@@ -38,9 +38,9 @@ struct Pack {
 
 /// A stream, with the offset at which each part ends.
 #[derive(Debug, Default)]
-struct Parts {
-    parts: Vec<Part>,
-    ends: Vec<u64>,
+pub(super) struct Parts {
+    pub(super) parts: Vec<Part>,
+    pub(super) ends: Vec<u64>,
 }
 
 impl Chunks {

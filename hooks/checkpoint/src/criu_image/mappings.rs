@@ -4,10 +4,10 @@ use std::{fs::File, io::BufReader, path::Path};
 
 use super::{CriuImageError, Records, wire};
 
-const MM_MAGIC: u32 = 0x5749_2820;
+pub(super) const MM_MAGIC: u32 = 0x5749_2820;
 /// Set in the status of what is no mapping but a range of guard pages (`MADV_GUARD_INSTALL`) within one.
 /// CRIU lists these behind all mappings (`criu/include/image.h`, since 4.2).
-const GUARD: u64 = 1 << 16;
+pub(super) const GUARD: u64 = 1 << 16;
 
 /// `MADV_DONTFORK` and `MADV_WIPEONFORK`, as bits of a mapping's advice.
 const NOT_INHERITED: u64 = 1 << 10 | 1 << 18;

@@ -79,7 +79,7 @@ pub fn link_remaps(dir: &Path) -> Result<Vec<LinkRemap>, CriuImageError> {
 }
 
 /// Calls `each` with every record; an image that is not there has none.
-fn each_record(
+pub(super) fn each_record(
     path: &Path,
     magic: u32,
     mut each: impl FnMut(&[u8]) -> Result<(), &'static str>,

@@ -27,11 +27,11 @@ pub(crate) mod records {
         for (number, value) in fields {
             match value {
                 Number(value) => {
-                    message.push(number << 3);
+                    super::varint(u64::from(*number) << 3, &mut message);
                     super::varint(*value, &mut message);
                 }
                 Text(text) => {
-                    message.push(number << 3 | 2);
+                    super::varint(u64::from(*number) << 3 | 2, &mut message);
                     super::varint(text.len() as u64, &mut message);
                     message.extend_from_slice(text);
                 }

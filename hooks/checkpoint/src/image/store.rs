@@ -67,6 +67,24 @@ impl SealedImage {
         self.generation
     }
 
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(crate) fn manifest_bytes(&self) -> &[u8] {
+        &self.manifest_bytes
+    }
+
+    /// Notes that a container starts from it, for [`retention`](crate::retention). The time is the one at which its lock
+    /// was last changed: it survives this process, and a power cut but for the last seconds before it.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn mark_used(&self) -> Result<(), ImageError> {
+        let touched = self.lease.touch();
+        touched.map_err(ImageError::io("note the use of", &self.dir))
+    }
+
     /// `<namespace>/<name>@<generation>`.
     pub fn reference(&self) -> String {
         reference(
@@ -136,7 +154,13 @@ impl ImageStore {
         if !dir.is_dir() {
             return Err(unknown());
         }
-        let lease = share(&self.lock_path(namespace, name, found))?.ok_or_else(unknown)?;
+        let lock = self.lock_path(namespace, name, found);
+        let lease = share(&lock)?.ok_or_else(unknown)?;
+        if !dir.is_dir() {
+            // It was removed while we waited, and its lock with it: this one is ours, and of nothing.
+            ignore_absent(fs::remove_file(&lock), "remove", &lock)?;
+            return Err(unknown());
+        }
         let image = || reference(namespace, name, Some(found));
         let (manifest, manifest_bytes) =
             read_manifest(&dir).map_err(|source| ImageError::Manifest {
@@ -213,15 +237,7 @@ impl ImageStore {
                     Some(*generation),
                 )));
             }
-            let dir = self.image_dir(namespace, name, *generation);
-            // First: what is left of an image whose removal was killed is found by its folder.
-            let touches = self.touches_path(namespace, name, *generation);
-            ignore_absent(fs::remove_file(&touches), "remove", &touches)?;
-            // Without its manifest it is no image: killed half-way, the rest is swept as damaged.
-            let manifest = dir.join(MANIFEST_FILE);
-            ignore_absent(fs::remove_file(&manifest), "remove", &manifest)?;
-            remove_tree(&dir)?;
-            ignore_absent(fs::remove_file(&lock), "remove", &lock)?;
+            self.remove_generation(namespace, name, *generation)?;
         }
         Ok(doomed)
     }
@@ -245,6 +261,25 @@ impl ImageStore {
             }
         }
         Ok(())
+    }
+
+    /// Removes one, whose lock is held or not asked for.
+    pub(super) fn remove_generation(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        generation: u64,
+    ) -> Result<(), ImageError> {
+        let lock = self.lock_path(namespace, name, generation);
+        let dir = self.image_dir(namespace, name, generation);
+        // First: what is left of an image whose removal was killed is found by its folder.
+        let touches = self.touches_path(namespace, name, generation);
+        ignore_absent(fs::remove_file(&touches), "remove", &touches)?;
+        // Without its manifest it is no image: killed half-way, the rest is cleared as left over.
+        let manifest = dir.join(MANIFEST_FILE);
+        ignore_absent(fs::remove_file(&manifest), "remove", &manifest)?;
+        remove_tree(&dir)?;
+        ignore_absent(fs::remove_file(&lock), "remove", &lock)
     }
 
     /// Removes partial folders whose makers are gone, and says how many there were.
@@ -341,7 +376,11 @@ impl ImageStore {
         Err(ImageError::Unknown(reference(namespace, name, None)))
     }
 
-    fn generations(&self, namespace: &Namespace, name: &ImageName) -> Result<Vec<u64>, ImageError> {
+    pub(super) fn generations(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+    ) -> Result<Vec<u64>, ImageError> {
         let home = self.root.join(namespace.as_str()).join(name.as_str());
         let mut all: Vec<u64> = entries(&home)?
             .iter()
@@ -355,7 +394,12 @@ impl ImageStore {
         Ok(all)
     }
 
-    fn image_dir(&self, namespace: &Namespace, name: &ImageName, generation: u64) -> PathBuf {
+    pub(super) fn image_dir(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        generation: u64,
+    ) -> PathBuf {
         self.root
             .join(namespace.as_str())
             .join(name.as_str())
@@ -374,7 +418,12 @@ impl ImageStore {
             .join(format!(".{generation}.touches"))
     }
 
-    fn lock_path(&self, namespace: &Namespace, name: &ImageName, generation: u64) -> PathBuf {
+    pub(super) fn lock_path(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        generation: u64,
+    ) -> PathBuf {
         self.root
             .join(namespace.as_str())
             .join(name.as_str())
@@ -406,7 +455,7 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-fn names<T: std::str::FromStr + Ord>(dir: &Path) -> Result<Vec<T>, ImageError> {
+pub(super) fn names<T: std::str::FromStr + Ord>(dir: &Path) -> Result<Vec<T>, ImageError> {
     let mut all: Vec<T> = entries(dir)?
         .iter()
         .filter_map(|text| text.parse().ok())

@@ -17,15 +17,15 @@ use crate::{
     touches::Touch,
 };
 
-fn names() -> (Namespace, ImageName) {
+pub(crate) fn names() -> (Namespace, ImageName) {
     ("team-a".parse().unwrap(), "warm".parse().unwrap())
 }
 
 /// What the shim does with a request: dumps, stores, seals.
-struct Making {
-    key: Option<Key>,
-    compression: Compression,
-    private: PathBuf,
+pub(crate) struct Making {
+    pub(crate) key: Option<Key>,
+    pub(crate) compression: Compression,
+    pub(crate) private: PathBuf,
 }
 
 impl Making {
@@ -44,7 +44,7 @@ impl Making {
             .unwrap()
     }
 
-    fn make(&self, store: &ImageStore) -> SealedImage {
+    pub(crate) fn make(&self, store: &ImageStore) -> SealedImage {
         let (namespace, name) = names();
         let request = store.begin(&namespace, &name, Source::default()).unwrap();
         let partial = self.begin(store, &request);
@@ -75,7 +75,7 @@ fn upper_layer() -> Vec<u8> {
 }
 
 /// Makes an image as the CLI and the shim do together.
-fn make(store: &ImageStore) -> SealedImage {
+pub(crate) fn make(store: &ImageStore) -> SealedImage {
     Making::plain().make(store)
 }
 
@@ -91,7 +91,7 @@ pub(crate) fn staged(root: &Path) -> Arc<StagedImage> {
     Arc::new(verify(&store, make(&store)).unwrap().staged())
 }
 
-fn leftovers(store: &ImageStore) -> usize {
+pub(crate) fn leftovers(store: &ImageStore) -> usize {
     fs::read_dir(store.partial_dir()).unwrap().count()
 }
 
@@ -163,7 +163,7 @@ fn a_flipped_byte_anywhere_is_found() {
 }
 
 /// The one pack of an image.
-fn pack(image: &Path) -> PathBuf {
+pub(crate) fn pack(image: &Path) -> PathBuf {
     let mut all = fs::read_dir(image)
         .unwrap()
         .map(|entry| entry.unwrap().path());
@@ -176,7 +176,7 @@ fn pack(image: &Path) -> PathBuf {
     all.find(pack).unwrap()
 }
 
-fn flip(path: &Path, at: u64, bit: u8) {
+pub(crate) fn flip(path: &Path, at: u64, bit: u8) {
     let file = fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -362,7 +362,7 @@ fn a_well_sealed_image_that_would_fill_the_node_is_refused() {
     );
 }
 
-fn with_causes(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -695,4 +695,138 @@ fn move_folder(from: &Path, to: &Path) {
         fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
     fs::remove_dir_all(from).unwrap();
+}
+
+/// Says of an image that it was used then.
+fn used_at(store: &ImageStore, generation: u64, seconds: u64) {
+    let (namespace, name) = names();
+    let lock = store.lock_path(&namespace, &name, generation);
+    let file = fs::OpenOptions::new().write(true).open(lock).unwrap();
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+    file.set_modified(time).unwrap();
+}
+
+#[test]
+fn when_an_image_was_used_is_known_to_the_next_process_and_looking_is_no_use() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    used_at(&store, 1, 1000);
+    let (namespace, name) = names();
+    let image = store.resolve(&namespace, &name, None).unwrap();
+    drop(verify(&store, image).unwrap());
+    let last_used = || store.inventory(None).unwrap()[0].last_used;
+    assert_eq!(last_used(), 1000);
+    let image = store.resolve(&namespace, &name, None).unwrap();
+    image.mark_used().unwrap();
+    assert!(last_used() > 1000);
+    // A clock that was wrong keeps nothing for ever.
+    used_at(&store, 1, 1 << 40);
+    assert!(last_used() < 1 << 40);
+}
+
+#[test]
+fn what_is_shared_comes_free_with_the_last_that_has_it() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    drop(make(&store));
+    let held = store.inventory(None).unwrap();
+    let disk_bytes = |path: &Path| {
+        let found = fs::metadata(path).unwrap();
+        std::os::unix::fs::MetadataExt::blocks(&found) * 512
+    };
+    let pack = disk_bytes(&pack(&root.path().join("team-a/warm/1")));
+    // 1.2 MB that both have.
+    assert!(pack >= 1_200_000);
+    let [first, second] = [&held[0], &held[1]].map(|image| (image.own_bytes(), image.bytes()));
+    assert!(first.0 < pack && first.1 >= pack && second.1 >= pack);
+    assert_eq!(store.evict(&held[0]).unwrap(), Evicted::Freed(first.0));
+    assert_eq!(store.evict(&held[0]).unwrap(), Evicted::Gone);
+    assert_eq!(store.evict(&held[1]).unwrap(), Evicted::Freed(second.1));
+    assert_eq!(store.inventory(None).unwrap(), []);
+    let left: Vec<_> = fs::read_dir(root.path().join("team-a/warm"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left, [".last"]);
+}
+
+#[test]
+fn a_lease_that_comes_between_the_plan_and_the_removal_wins() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    used_at(&store, 1, 1000);
+    let held = store.inventory(None).unwrap().remove(0);
+    let (namespace, name) = names();
+    let image = store.resolve(&namespace, &name, None).unwrap();
+    assert_eq!(store.evict(&held).unwrap(), Evicted::Used);
+    // Also one that is over already: its image is the most recently used one now.
+    image.mark_used().unwrap();
+    drop(image);
+    assert_eq!(store.evict(&held).unwrap(), Evicted::Used);
+    let again = store.inventory(None).unwrap().remove(0);
+    assert!(matches!(store.evict(&again).unwrap(), Evicted::Freed(n) if n > 0));
+}
+
+/// Of many that resolve and one that removes, each gets an image that stays as long as it holds it, or none.
+#[test]
+fn an_eviction_that_races_with_restores_takes_nothing_away() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let (namespace, name) = names();
+    let (mut won, mut lost) = (0, 0);
+    for _ in 0..40 {
+        drop(make(&store));
+        let held = store.inventory(None).unwrap().remove(0);
+        let outcome = std::thread::scope(|scope| {
+            let restore = scope.spawn(|| match store.resolve(&namespace, &name, None) {
+                Ok(image) => Some(image.chunks(None).map(|_| drop(image))),
+                Err(ImageError::Unknown(_)) => None,
+                Err(other) => panic!("{other}"),
+            });
+            let evicted = store.evict(&held).unwrap();
+            (restore.join().unwrap(), evicted)
+        });
+        match outcome {
+            (Some(whole), _) => {
+                whole.unwrap();
+                won += 1;
+            }
+            (None, evicted) => {
+                assert!(matches!(evicted, Evicted::Freed(_)), "{evicted:?}");
+                lost += 1;
+            }
+        }
+        let _ = store.remove(&namespace, &name, None, false);
+    }
+    println!("the restore came first {won} times, and the eviction {lost} times");
+    let home = root.path().join("team-a/warm");
+    let left = fs::read_dir(home).unwrap().map(|e| e.unwrap().file_name());
+    assert_eq!(left.collect::<Vec<_>>(), [".last"]);
+}
+
+#[test]
+fn what_the_killed_left_is_found_and_removed_and_what_somebody_holds_is_not() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    drop(make(&store));
+    // A removal that was killed behind its first step.
+    fs::remove_file(root.path().join("team-a/warm/1").join(MANIFEST_FILE)).unwrap();
+    let (namespace, name) = names();
+    let request = store.begin(&namespace, &name, Source::default()).unwrap();
+    let partial = Making::plain().begin(&store, &request);
+    let dead = store.partial_dir().join("dead");
+    fs::create_dir_all(dead.join(CRIU_DIR)).unwrap();
+    fs::write(dead.join("criu/pages-1.img"), vec![7; 1 << 20]).unwrap();
+    assert_eq!(store.inventory(None).unwrap().len(), 1);
+    let seen = store.leftovers(false).unwrap();
+    assert!(seen.folders == 2 && seen.bytes >= 1 << 20, "{seen:?}");
+    assert!(dead.exists());
+    assert_eq!(store.leftovers(true).unwrap(), seen);
+    assert!(!dead.exists() && partial.criu_dir().is_dir());
+    assert_eq!(store.leftovers(true).unwrap(), Leftovers::default());
+    assert_eq!(store.list(None).unwrap().len(), 1);
 }

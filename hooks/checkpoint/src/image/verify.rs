@@ -26,7 +26,8 @@ use super::{
     store::open_regular,
 };
 use crate::{
-    chunks::{Chunks, Digest, Index, Key, MAX_INDEX, StreamReader},
+    chunks::{Chunks, Common, Digest, Index, Key, MAX_INDEX, StreamReader},
+    contents::Contents,
     criu_image::{Task, check_folder, credentials},
     manifest::{
         CRIU_DIR, Encryption, FileEntry, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Manifest,
@@ -159,29 +160,8 @@ impl SealedImage {
     /// [`ImageError::Damaged`] names the first file that is not what it was; [`ImageError::Criu`].
     pub fn verify(self, into: &Path, key: Option<&Key>) -> Result<VerifiedImage, ImageError> {
         let chunks = Arc::new(self.chunks(key)?);
-        let mut laid_out = LaidOut::at(into)?;
-        for entry in &self.manifest.files {
-            if entry.path != INDEX_FILE {
-                self.lay_out(entry, &laid_out)?;
-            }
-        }
+        let mut laid_out = self.criu_files(into, key, &chunks)?;
         let reference = self.reference();
-        for (name, _) in chunks.streams() {
-            let file = name
-                .strip_prefix(CRIU_DIR)
-                .and_then(|name| name.strip_prefix('/'));
-            let Some(file) = file.filter(|file| !file.starts_with("pages-")) else {
-                continue;
-            };
-            // Of whoever has no key, nothing is believed that could be written for ever.
-            if key.is_none() {
-                return Err(self.damaged(name, Damage::Extra));
-            }
-            let (mut out, path) = laid_out.create(file)?;
-            if let Some(mut stream) = chunks.stream(name) {
-                io::copy(&mut stream, &mut out).map_err(ImageError::io("lay out", &path))?;
-            }
-        }
         let plan = laid_out.plan(&reference, &chunks, |run| !run.lazy())?;
         if plan.bytes() > IN_MEMORY && key.is_none() {
             laid_out = laid_out.copied_to(&self.store)?;
@@ -203,6 +183,60 @@ impl SealedImage {
         })
     }
 
+    /// What is in it, for people. CRIU's files are compared with their digests, on their way into `into`, a folder that
+    /// is made for them and removed again; as with [`SealedImage::verify`] it has to be in memory where the image is
+    /// encrypted. The memory is not read. `chunks` are its own, and `common` says which of them another image has too.
+    ///
+    /// # Errors
+    /// As [`SealedImage::verify`].
+    pub fn contents(
+        &self,
+        into: &Path,
+        key: Option<&Key>,
+        chunks: &Arc<Chunks>,
+        common: Option<&Common>,
+    ) -> Result<Contents, ImageError> {
+        let laid_out = self.criu_files(into, key, chunks)?;
+        Contents::read(
+            &self.reference(),
+            laid_out.path(),
+            Arc::clone(chunks),
+            common,
+        )
+    }
+
+    /// Lays CRIU's files out in a folder that is made for them, without pages.
+    fn criu_files(
+        &self,
+        into: &Path,
+        key: Option<&Key>,
+        chunks: &Arc<Chunks>,
+    ) -> Result<LaidOut, ImageError> {
+        let laid_out = LaidOut::at(into)?;
+        for entry in &self.manifest.files {
+            if entry.path != INDEX_FILE {
+                self.lay_out(entry, &laid_out)?;
+            }
+        }
+        for (name, _) in chunks.streams() {
+            let file = name
+                .strip_prefix(CRIU_DIR)
+                .and_then(|name| name.strip_prefix('/'));
+            let Some(file) = file.filter(|file| !file.starts_with("pages-")) else {
+                continue;
+            };
+            // Of whoever has no key, nothing is believed that could be written for ever.
+            if key.is_none() {
+                return Err(self.damaged(name, Damage::Extra));
+            }
+            let (mut out, path) = laid_out.create(file)?;
+            if let Some(mut stream) = chunks.stream(name) {
+                io::copy(&mut stream, &mut out).map_err(ImageError::io("lay out", &path))?;
+            }
+        }
+        Ok(laid_out)
+    }
+
     /// Its chunks, which prove themselves, after a look at all that they depend on.
     ///
     /// # Errors
@@ -213,6 +247,16 @@ impl SealedImage {
         let packs = &self.manifest.packs;
         Chunks::open(&self.dir, packs, self.index()?, key)
             .map_err(ImageError::chunks(&self.reference()))
+    }
+
+    /// What can be compared without a key: that exactly the files are there that the manifest lists, of their sizes,
+    /// and the index; and where it is not encrypted, the manifest.
+    pub(crate) fn check_listed(&self) -> Result<(), ImageError> {
+        if self.manifest.encryption.is_none() {
+            self.check_manifest(None)?;
+        }
+        self.check_sizes()?;
+        self.index().map(drop)
     }
 
     /// Whether the manifest is what was sealed, with this key.

@@ -45,7 +45,7 @@ pub fn borrow(from: &mut UnixStream) -> io::Result<HashMap<i32, OwnedFd>> {
                 lent.insert(pid, fd);
             }
             Some(Word::Finished) => return Ok(lent),
-            Some(Word::Zombie(_) | Word::Child(_)) => {
+            Some(Word::Zombie(_) | Word::Child(_) | Word::Loaded) => {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidData,
                     "an unknown word",

@@ -2,7 +2,6 @@
 
 use std::{
     io::{IsTerminal as _, stderr},
-    path::Path,
     process::ExitCode,
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -10,13 +9,10 @@ use std::{
 
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
-use rekindle_checkpoint::{
-    ImageError, ImageStore, Manifest, SealedImage, image::Listed, manifest::CRIU_DIR,
-};
+use rekindle_checkpoint::{ImageError, ImageStore, Manifest, SealedImage, image::Listed};
 use rekindle_core::{
-    config::{Compression, NodeConfig},
+    config::NodeConfig,
     name::{ImageRef, Namespace},
-    paths,
 };
 use serde_json::json;
 
@@ -26,21 +22,63 @@ use crate::{
     output::{self, Paint},
 };
 
-/// Digits of a digest that are shown, and enough to tell two apart.
-const SHORT: usize = 12;
+mod diff;
+mod gc;
+mod oci;
+mod opened;
+mod show;
 
 const EXAMPLES: &str = "\
 Examples:
   rekindle image ls
   rekindle image ls -n team-a --json
   rekindle image show team-a/warm
+  rekindle image diff team-a/warm@1 team-a/warm@2
+  rekindle image push team-a/warm oci:/mnt/images
+  rekindle image pull oci:/mnt/images
   rekindle image verify team-a/warm@3
   rekindle image rm team-a/warm@1
+  rekindle image gc --dry-run
+  rekindle image gc --keep 2 --idle 72h --quota 200GiB
 
 An image is named [NAMESPACE/]NAME[@GENERATION]. Without a generation, show and verify mean the newest,
 and rm means all of them. Without a namespace all are searched, and the name must be in one only.
 
 Exit codes: 0 done, 1 failed or damaged, 2 wrong usage, 3 refused (in use), 4 no such image.";
+
+const DIFF_EXAMPLES: &str = "\
+Examples:
+  rekindle image diff team-a/warm@1 team-a/warm@2
+  rekindle image diff -n team-a warm@1 warm --json
+
+Memory is compared in chunks of 64 KiB: what is an image's own lies in chunks that the other one has not.
+An encrypted image is compared with its key only, and two under different keys have no chunks in common
+that could be told.
+
+Exit codes: 0 done, whether they differ or not; 1 failed or damaged; 2 wrong usage; 4 no such image.";
+
+const OCI_EXAMPLES: &str = "\
+Examples:
+  rekindle image push team-a/warm oci:/mnt/images
+  rekindle image push team-a/warm@3 oci:/mnt/images:warm-3 --json
+  rekindle image pull oci:/mnt/images:warm-3
+  rekindle image pull oci:/mnt/images:warm-3 team-b/warm
+
+An encrypted image travels encrypted. Without its key it is pulled under its own name only, and its chunks
+are compared when they are read.
+
+Exit codes: 0 done, 1 failed or refused for what it is, 2 wrong usage, 4 no such image or tag.";
+
+const GC_EXAMPLES: &str = "\
+Examples:
+  rekindle image gc --dry-run             # what would go, by [images.retention] of the configuration
+  rekindle image gc --keep 2 --idle 72h
+  rekindle image gc -n team-a --quota 50GiB --json
+
+Without rules, the least recently used generations go until a fifth of the disk is free, but for the newest
+of each name. What a container leases is never removed.
+
+Exit codes: 0 done, also where nothing was removed; 1 failed; 2 wrong usage.";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -60,14 +98,18 @@ enum ImageCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Show what an image is: where it came from, what it needs, what is in it.
+    /// Show what an image is: where it came from, what it needs, what is in it, what it shares with the
+    /// generation before it.
     Show {
         #[command(flatten)]
         which: Which,
-        /// Print the manifest as one line of JSON.
+        /// Print the manifest as one line of JSON, with `contents` beside it.
         #[arg(long)]
         json: bool,
     },
+    /// Show in what two images differ: memory by what it is for, files, processes.
+    #[command(after_help = DIFF_EXAMPLES)]
+    Diff(diff::DiffArgs),
     /// Read every byte of images again and compare it with their manifests.
     Verify {
         /// The images [default: all].
@@ -86,6 +128,15 @@ enum ImageCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Copy an image into an OCI image layout, a folder. What is there already is not written again.
+    #[command(after_help = OCI_EXAMPLES)]
+    Push(oci::PushArgs),
+    /// Take an image out of an OCI image layout, verify it, and make it the next generation.
+    #[command(after_help = OCI_EXAMPLES)]
+    Pull(oci::PullArgs),
+    /// Make room: remove what the node's rules, or these, say may go, and what killed checkpoints left.
+    #[command(after_help = GC_EXAMPLES)]
+    Gc(gc::GcArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -102,11 +153,15 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
     // Reads whole images, and blocks; nothing else runs in this process.
     tokio::task::block_in_place(|| match args.command {
         ImageCommand::Ls { namespace, json } => ls(&store, namespace.as_ref(), json),
-        ImageCommand::Show { which, json } => show(&store, &which, json),
+        ImageCommand::Show { which, json } => show::run(&store, config, &which, json),
+        ImageCommand::Push(args) => oci::push(&store, &args),
+        ImageCommand::Pull(args) => oci::pull(&store, config, &args),
+        ImageCommand::Diff(args) => diff::run(&store, config, &args),
         ImageCommand::Verify { images, namespace } => {
             verify(&store, config, &images, namespace.as_ref())
         }
         ImageCommand::Rm { which, force } => rm(&store, &which, force),
+        ImageCommand::Gc(args) => gc::run(&store, config, &args),
     })
 }
 
@@ -178,131 +233,6 @@ fn row(found: &Listed) -> serde_json::Value {
     })
 }
 
-fn show(store: &ImageStore, which: &Which, json: bool) -> anyhow::Result<ExitCode> {
-    let (namespace, _) = locate(store, &which.image, which.namespace.as_ref())?;
-    let image = store.resolve(&namespace, &which.image.name, which.image.generation);
-    let image = image.map_err(failure)?;
-    if json {
-        output::json(image.manifest())?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    describe(&image);
-    Ok(ExitCode::SUCCESS)
-}
-
-fn describe(image: &SealedImage) {
-    let manifest = image.manifest();
-    let facts = &manifest.facts;
-    let (host, security) = (&facts.host, &facts.container.security);
-    let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
-    let list = |items: Vec<String>| match items.len() {
-        0 => "none".to_owned(),
-        _ => items.join(" "),
-    };
-    let seccomp = security
-        .seccomp
-        .as_deref()
-        .map(|digest| cut(digest).to_owned());
-    let digest = or_none(&facts.source.image_digest);
-    let none = || "none".to_owned();
-    let compression = match manifest.compression {
-        Compression::None => "no",
-        Compression::Lz4 => "with LZ4",
-    };
-    for (title, text) in [
-        ("image", image.reference()),
-        ("made", format!("{} ago", age(manifest.created))),
-        ("size", output::bytes(manifest.total_bytes())),
-        ("container", facts.source.container.clone()),
-        ("pod", or_none(&facts.source.pod)),
-        ("container image", or_none(&facts.source.image_ref)),
-        ("its digest", digest),
-        (
-            "host",
-            format!("{}, {} {}", host.arch, host.cpu_vendor, host.cpu_model),
-        ),
-        ("kernel", host.kernel.clone()),
-        ("made by", format!("CRIU {}, runc {}", host.criu, host.runc)),
-        ("dumped with", list(dump_flags(image))),
-        (
-            "encrypted with",
-            image.key().map_or_else(none, str::to_owned),
-        ),
-        ("compressed", compression.to_owned()),
-        ("user", format!("{}:{}", security.uid, security.gid)),
-        (
-            "capabilities",
-            list(security.capabilities.bounding.iter().cloned().collect()),
-        ),
-        ("seccomp", or_none(&seccomp)),
-        ("no new privileges", security.no_new_privileges.to_string()),
-        ("AppArmor", or_none(&security.apparmor)),
-        ("SELinux", or_none(&security.selinux)),
-        (
-            "mounts",
-            list(facts.container.mounts.iter().cloned().collect()),
-        ),
-        ("terminal", facts.container.terminal.to_string()),
-    ] {
-        line(title, &text);
-    }
-    for process in &facts.processes {
-        let rss = output::bytes(process.rss);
-        line(
-            "process",
-            &format!("{:>6}  {rss:>10}  {}", process.pid, process.comm),
-        );
-    }
-    let stored = &manifest.stored;
-    line("memory and layers", &output::bytes(stored.bytes));
-    line("  zeros", &output::bytes(stored.zeros));
-    line("  stored already", &output::bytes(stored.shared));
-    line("  stored for it", &output::bytes(stored.written));
-    for pack in &manifest.packs {
-        let size = output::bytes(pack.size);
-        line("pack", &format!("{size:>10}  {}", pack.id));
-    }
-    let size = manifest.files.iter().map(|file| file.size).sum();
-    let files = format!(
-        "{:>10}  in {} files",
-        output::bytes(size),
-        manifest.files.len()
-    );
-    line("CRIU's own", &files);
-}
-
-/// One line of a description. What a container chose (its names, labels) must not reach the terminal as
-/// control characters.
-fn line(title: &str, text: &str) {
-    let text: String = text
-        .chars()
-        .flat_map(|c| {
-            if c.is_control() {
-                c.escape_default().collect()
-            } else {
-                vec![c]
-            }
-        })
-        .collect();
-    output::line(format!("{title:<18} {text}").trim_end());
-}
-
-fn dump_flags(image: &SealedImage) -> Vec<String> {
-    let dump = &image.manifest().facts.dump;
-    [
-        (dump.open_tcp, "tcp-established"),
-        (dump.external_unix_sockets, "ext-unix-sk"),
-        (dump.terminal, "shell-job"),
-        (dump.file_locks, "file-locks"),
-        (dump.link_remap, "link-remap"),
-        (dump.lazy, "lazy-pages"),
-    ]
-    .into_iter()
-    .filter(|(set, _)| *set)
-    .map(|(_, name)| name.to_owned())
-    .collect()
-}
-
 fn verify(
     store: &ImageStore,
     config: &NodeConfig,
@@ -351,32 +281,37 @@ fn check(store: &ImageStore, config: &NodeConfig, image: SealedImage) -> anyhow:
     let (reference, bytes) = (image.reference(), image.manifest().total_bytes());
     let packs = image.manifest().packs.iter().map(|pack| pack.size).sum();
     let key = keys::of(config, &image)?;
-    let scratch;
-    let into = match key {
-        // Nothing of it goes to the disk in clear.
-        Some(_) => Path::new(paths::RUN_DIR).join(format!("verify-{}", std::process::id())),
-        None => {
-            scratch = store.scratch()?;
-            scratch.path().join(CRIU_DIR)
-        }
-    };
-    let verified = image.verify(&into, key.as_ref())?;
+    let room = opened::Room::new(store, key.as_ref())?;
+    let verified = image.verify(&room.path, key.as_ref())?;
     let done = AtomicU64::new(0);
-    let bar = bar(&reference, packs);
+    with_bar(
+        &reference,
+        packs,
+        || done.load(Ordering::Relaxed),
+        || verified.verify_chunks(&done),
+    )?;
+    Ok(format!("{reference}  {}", output::bytes(bytes)))
+}
+
+/// Does some work with a bar on a terminal, which `done` moves up to `bytes`.
+fn with_bar<T: Send>(
+    title: &str,
+    bytes: u64,
+    done: impl Fn() -> u64,
+    work: impl FnOnce() -> T + Send,
+) -> T {
+    let bar = bar(title, bytes);
     let result = std::thread::scope(|scope| {
-        let checking = scope.spawn(|| verified.verify_chunks(&done));
-        while !checking.is_finished() {
-            bar.set_position(done.load(Ordering::Relaxed));
+        let working = scope.spawn(work);
+        while !working.is_finished() {
+            bar.set_position(done());
             // The bar is drawn this often; `unpark` is not needed, for nobody waits for less.
             std::thread::park_timeout(Duration::from_millis(50));
         }
-        checking.join()
+        working.join()
     });
     bar.finish_and_clear();
-    match result {
-        Ok(checked) => Ok(checked.map(|()| format!("{reference}  {}", output::bytes(bytes)))?),
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 fn bar(reference: &str, bytes: u64) -> ProgressBar {
@@ -459,15 +394,14 @@ fn origin(manifest: &Manifest) -> String {
     text.chars().filter(|c| !c.is_control()).take(48).collect()
 }
 
-fn cut(digest: &str) -> &str {
-    digest.get(..SHORT).unwrap_or(digest)
-}
-
 fn age(created: u64) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let seconds = now.as_secs().saturating_sub(created);
+    span(now.as_secs().saturating_sub(created))
+}
+
+fn span(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds}s"),
         60..3600 => format!("{}m", seconds / 60),

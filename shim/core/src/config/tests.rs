@@ -143,6 +143,16 @@ fn what_is_wrong_is_named() {
             "[datasets]\nconcurrency = 0",
             &["datasets.concurrency", "1024"],
         ),
+        (
+            "[images.retention]\nkeep = 0",
+            &["images.retention.keep", "at least one"],
+        ),
+        (
+            "[images.retention]\nidle-newest = true",
+            &["images.retention.idle-newest", "not set"],
+        ),
+        ("[images.retention]\nquota = \"5GB\"", &["5GB", "GiB"]),
+        ("[images.retention]\nquota = 5", &["string"]),
     ] {
         let sentence = parse(text).unwrap_err();
         for word in words {
@@ -162,4 +172,20 @@ fn a_cold_start_keeps_its_time_and_never_more_than_a_third() {
         config.deadlines.cold_start().as_secs()
     };
     assert_eq!([of(9), of(45), of(90)], [3, 15, 15]);
+}
+
+#[test]
+fn nothing_is_removed_unless_the_retention_says_so() {
+    let none = Retention::default();
+    assert_eq!(NodeConfig::default().images.retention, none);
+    assert_eq!(parse("[images.retention]").unwrap().images.retention, none);
+    let text = "[images.retention]\nkeep = 2\nidle = \"72h\"\nidle-newest = true\nquota = \"200GiB\"\nnamespace-quota = \"50GiB\"\n";
+    let all = Retention {
+        keep: Some(2),
+        idle: Some(Duration::from_secs(72 * 3600)),
+        idle_newest: true,
+        quota: Some(200 << 30),
+        namespace_quota: Some(50 << 30),
+    };
+    assert_eq!(parse(text).unwrap().images.retention, all);
 }

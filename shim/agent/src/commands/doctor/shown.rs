@@ -2,7 +2,10 @@
 
 use std::{path::Path, time::Duration};
 
-use rekindle_core::config::{Export, NodeConfig, Paging, Source};
+use rekindle_core::{
+    config::{Compression, Export, ImageKey, NodeConfig, Paging, Source},
+    size,
+};
 use serde::Serialize;
 
 #[derive(Debug, Serialize)]
@@ -29,8 +32,26 @@ struct Deadlines {
 #[derive(Debug, Serialize)]
 struct Images<'a> {
     root: &'a Path,
+    compression: Compression,
+    retention: Retention,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    key: &'a [ImageKey],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     export: &'a [Export],
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Retention {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keep: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    idle: Option<String>,
+    idle_newest: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quota: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace_quota: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -56,6 +77,15 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
             },
             images: Images {
                 root: &config.images.root,
+                compression: config.images.compression,
+                retention: Retention {
+                    keep: config.images.retention.keep,
+                    idle: config.images.retention.idle.map(duration),
+                    idle_newest: config.images.retention.idle_newest,
+                    quota: config.images.retention.quota.map(size::written),
+                    namespace_quota: config.images.retention.namespace_quota.map(size::written),
+                },
+                key: &config.images.keys,
                 export: &config.images.exports,
             },
             datasets: Datasets {
@@ -91,7 +121,18 @@ mod tests {
             checkpoint = "1m500ms"
             [images]
             root = "/srv/images"
+            compression = "lz4"
             export = [{ namespace = "team-a", name = "warm", to = ["team-b"] }]
+            [images.retention]
+            keep = 2
+            idle = "72h"
+            idle-newest = true
+            quota = "200GiB"
+            namespace-quota = "1GiB"
+            [[images.key]]
+            id = "a"
+            namespaces = ["team-a"]
+            command = ["/bin/keys", "a"]
             [datasets]
             root = "/srv/datasets"
             concurrency = 4

@@ -99,6 +99,9 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, V
     }
     let into = fixed.bundle.join(IMAGE);
     let verified = blocking(move || {
+        if let Err(e) = sealed.mark_used() {
+            tracing::warn!("the image counts as not used: {}", sentence(&e));
+        }
         let image = sealed.verify(&into, key.as_ref())?;
         let tasks = image.tasks()?;
         Ok::<_, ImageError>((image, tasks))

@@ -1,0 +1,250 @@
+//! What the store's images take on the disk, and their removal to make room.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use rekindle_core::name::{ImageName, Namespace};
+use rekindle_store::{Lock, StoreError};
+use rustix::fs::statvfs;
+
+use super::{
+    ImageError, ImageStore,
+    folder::{lock_path, remove_unless_leased},
+    store::{Listed, names},
+};
+use crate::{
+    manifest::MANIFEST_FILE,
+    retention::{Disk, Held, HeldFile},
+};
+
+/// What became of an image that was to be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Evicted {
+    /// It is gone, and so many bytes of the disk came free.
+    Freed(u64),
+    /// A container has come meanwhile, and starts or has started from it.
+    Used,
+    /// Somebody else has removed it.
+    Gone,
+}
+
+/// What those left who were killed while they made or removed an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Leftovers {
+    /// Folders.
+    pub folders: usize,
+    /// Bytes of the disk that come free with them.
+    pub bytes: u64,
+}
+
+impl ImageStore {
+    /// All images, or those of one namespace, with what they take; for [`plan`](crate::retention::plan). What a killed
+    /// removal left is none of them.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn inventory(&self, only: Option<&Namespace>) -> Result<Vec<Held>, ImageError> {
+        let mut all = Vec::new();
+        for listed in self.list(only)? {
+            let Listed {
+                namespace,
+                name,
+                generation,
+                manifest,
+                in_use,
+            } = listed;
+            let dir = self.image_dir(&namespace, &name, generation);
+            // One that is being removed just now is gone from a line to the next.
+            if !dir.join(MANIFEST_FILE).exists() {
+                continue;
+            }
+            all.push(Held {
+                last_used: self.last_used(&namespace, &name, generation)?,
+                files: files(&dir)?,
+                readable: manifest.is_ok(),
+                namespace,
+                name,
+                generation,
+                in_use,
+            });
+        }
+        Ok(all)
+    }
+
+    /// The file system that the store is on.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn disk(&self) -> Result<Disk, ImageError> {
+        let stat = statvfs(self.root())
+            .map_err(|e| ImageError::io("ask for the free space of", self.root())(e.into()))?;
+        Ok(Disk {
+            total: stat.f_blocks.saturating_mul(stat.f_frsize),
+            available: stat.f_bavail.saturating_mul(stat.f_frsize),
+        })
+    }
+
+    /// Removes an image that was found in an [inventory](ImageStore::inventory), unless a container leases it, or has
+    /// done so since: whoever comes meanwhile wins.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn evict(&self, held: &Held) -> Result<Evicted, ImageError> {
+        let (namespace, name, generation) = (&held.namespace, &held.name, held.generation);
+        let dir = self.image_dir(namespace, name, generation);
+        if !dir.is_dir() {
+            return Ok(Evicted::Gone);
+        }
+        let lock = self.lock_path(namespace, name, generation);
+        let Some(_alone) = Lock::try_acquire(&lock)? else {
+            return Ok(Evicted::Used);
+        };
+        if self.last_used(namespace, name, generation)? != held.last_used {
+            return Ok(Evicted::Used);
+        }
+        let freed = own_bytes(&dir)?;
+        self.remove_generation(namespace, name, generation)?;
+        Ok(Evicted::Freed(freed))
+    }
+
+    /// Finds what killed checkpoints, restores and removals left, and removes it where `remove` says so: partial
+    /// folders that nobody holds, and generations without a manifest.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn leftovers(&self, remove: bool) -> Result<Leftovers, ImageError> {
+        let mut found = Leftovers::default();
+        let partials = self.partial_dir();
+        for id in ids(&partials)? {
+            let dir = partials.join(&id);
+            let bytes = own_bytes(&dir)?;
+            let lock = lock_path(&partials, &id);
+            let left = match remove {
+                true => remove_unless_leased(&partials, &id)?,
+                // Looking must not make a lock where there is none.
+                false => dir.is_dir() && (!lock.exists() || Lock::try_acquire(&lock)?.is_some()),
+            };
+            if left {
+                found.folders += 1;
+                found.bytes += bytes;
+            }
+        }
+        for namespace in names::<Namespace>(self.root())? {
+            for name in names::<ImageName>(&self.root().join(namespace.as_str()))? {
+                self.unfinished(&namespace, &name, remove, &mut found)?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Generations of a name without a manifest: their removal was not finished.
+    fn unfinished(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        remove: bool,
+        found: &mut Leftovers,
+    ) -> Result<(), ImageError> {
+        for generation in self.generations(namespace, name)? {
+            let dir = self.image_dir(namespace, name, generation);
+            // A folder appears with its manifest in it, and loses that first.
+            if fs::symlink_metadata(dir.join(MANIFEST_FILE)).is_ok() {
+                continue;
+            }
+            let lock = self.lock_path(namespace, name, generation);
+            let Some(_alone) = Lock::try_acquire(&lock)? else {
+                continue;
+            };
+            found.folders += 1;
+            found.bytes += own_bytes(&dir)?;
+            if remove {
+                self.remove_generation(namespace, name, generation)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// When its lock was last changed; its folder's age where it has none.
+    fn last_used(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        generation: u64,
+    ) -> Result<u64, ImageError> {
+        let lock = self.lock_path(namespace, name, generation);
+        let dir = self.image_dir(namespace, name, generation);
+        let modified = match fs::metadata(&lock) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                fs::metadata(&dir).and_then(|found| found.modified())
+            }
+            found => found.and_then(|found| found.modified()),
+        };
+        let modified = modified.map_err(ImageError::io("look at", &dir))?;
+        // A clock that was wrong must not keep an image for ever.
+        let modified = modified.min(SystemTime::now());
+        let since = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok(since.as_secs())
+    }
+}
+
+/// The regular files below `dir`, each once.
+fn files(dir: &Path) -> Result<Vec<HeldFile>, ImageError> {
+    let mut all = HashMap::new();
+    collect(dir, &mut all)?;
+    Ok(all.into_values().collect())
+}
+
+/// Bytes of the disk that come free when this folder is removed: those of the files that have no link elsewhere.
+fn own_bytes(dir: &Path) -> Result<u64, ImageError> {
+    let own = files(dir)?.into_iter().filter(|file| file.links <= 1);
+    Ok(own.map(|file| file.bytes).sum())
+}
+
+fn collect(dir: &Path, into: &mut HashMap<(u64, u64), HeldFile>) -> Result<(), ImageError> {
+    let gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+    let entries = match fs::read_dir(dir) {
+        // Somebody is just removing it.
+        Err(e) if gone(&e) => return Ok(()),
+        entries => entries.map_err(ImageError::io("list", dir))?,
+    };
+    for entry in entries {
+        let path = entry.map_err(StoreError::io("list", dir))?.path();
+        let found = match fs::symlink_metadata(&path) {
+            Err(e) if gone(&e) => continue,
+            found => found.map_err(ImageError::io("look at", &path))?,
+        };
+        if found.is_dir() {
+            collect(&path, into)?;
+        } else if found.is_file() {
+            let inode = (found.dev(), found.ino());
+            let file = HeldFile {
+                inode,
+                // POSIX counts blocks of 512 bytes, whatever the file system's are.
+                bytes: found.blocks() * 512,
+                links: found.nlink(),
+            };
+            into.insert(inode, file);
+        }
+    }
+    Ok(())
+}
+
+/// What lies in the folder for images that are being made, without the locks' suffix, each once.
+fn ids(partials: &Path) -> Result<Vec<String>, ImageError> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(partials).map_err(ImageError::io("list", partials))? {
+        let name = entry
+            .map_err(ImageError::io("list", partials))?
+            .file_name()
+            .into_string();
+        all.extend(name.map(|name| name.strip_suffix(".lock").unwrap_or(&name).to_owned()));
+    }
+    all.sort();
+    all.dedup();
+    Ok(all)
+}

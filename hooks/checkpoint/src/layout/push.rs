@@ -1,0 +1,265 @@
+//! An image into a layout. Failure contract: the tags are as they were, and what was written beside them is either a
+//! blob, whole, or removed by the next push.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rekindle_store::{Lock, commit_file, space, write_file};
+use serde_json::{Value, json};
+
+use super::{
+    ARTIFACT, Annotations, BLOBS, BlobDigest, CONFIG, Descriptor, INDEX, INDEX_JSON, LAYOUT_FILE,
+    Layout, LayoutError, MANIFEST, MAX_INDEX_JSON, OciManifest, REF_NAME, TITLE, blobs::copy,
+    check_tag, media_type,
+};
+use crate::{
+    image::{SealedImage, open_regular},
+    manifest::MANIFEST_DIGEST_FILE,
+};
+
+/// What is being written, in the layout's folder; whoever holds its lock removes what another one left.
+const TEMPORARY: &str = ".rekindle-";
+
+/// What was pushed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pushed {
+    /// The digest of the OCI manifest.
+    pub digest: BlobDigest,
+    /// Bytes of all blobs of the image.
+    pub bytes: u64,
+    /// Bytes of those that were written.
+    pub written: u64,
+}
+
+impl Layout {
+    /// Opens a layout to put something into it, and makes it where there is nothing, or an empty folder.
+    ///
+    /// # Errors
+    /// [`LayoutError::NotALayout`] when something else is there.
+    pub fn create(path: &Path) -> Result<Self, LayoutError> {
+        fs::create_dir_all(path).map_err(LayoutError::io("make", path))?;
+        let marker = path.join(LAYOUT_FILE);
+        if fs::symlink_metadata(&marker).is_err() {
+            let mut there = fs::read_dir(path).map_err(LayoutError::io("list", path))?;
+            if there.next().is_some() {
+                return Err(LayoutError::NotALayout {
+                    path: path.to_owned(),
+                    reason: format!("it has no {LAYOUT_FILE} and is not empty"),
+                });
+            }
+            let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": []});
+            write_file(&path.join(INDEX_JSON), index.to_string().as_bytes(), true)?;
+            write_file(&marker, br#"{"imageLayoutVersion": "1.0.0"}"#, true)?;
+        }
+        let blobs = path.join(BLOBS);
+        fs::create_dir_all(&blobs).map_err(LayoutError::io("make", &blobs))?;
+        Self::open(path)
+    }
+
+    /// Puts an image into it under a tag, in place of what has that tag. What is written is compared with what the
+    /// image's manifest says of its files' sizes and its index; `done` grows to [`Manifest::total_bytes`].
+    ///
+    /// [`Manifest::total_bytes`]: crate::Manifest::total_bytes
+    ///
+    /// # Errors
+    /// When the image is not whole, or the file system refuses.
+    pub fn push(
+        &self,
+        image: &SealedImage,
+        tag: &str,
+        done: &AtomicU64,
+    ) -> Result<Pushed, LayoutError> {
+        check_tag(tag)?;
+        image.check_listed()?;
+        // One at a time: a tag is added to what the index has.
+        let _alone = Lock::acquire(&self.path.join(LAYOUT_FILE))?;
+        self.sweep()?;
+        let known = self.known_packs()?;
+        let mut pushed = Pushed {
+            digest: BlobDigest::of(b""),
+            bytes: 0,
+            written: 0,
+        };
+        let manifest = image.manifest();
+        let config = self.put(CONFIG, image.manifest_bytes(), &mut pushed)?;
+        let mut layers = Vec::new();
+        let names = manifest.files.iter().map(|file| file.path.clone());
+        let packs = manifest.packs.iter().map(|pack| pack.id.file());
+        let seal = [MANIFEST_DIGEST_FILE.to_owned()];
+        for name in seal.into_iter().chain(names).chain(packs) {
+            let path = image.dir().join(&name);
+            let known = known.get(&name).copied();
+            let mut layer = self.put_file(&path, media_type(&name), known, &mut pushed, done)?;
+            layer.annotations.insert(TITLE.to_owned(), name);
+            layers.push(layer);
+        }
+        let annotation = ("dev.rekindle.image".to_owned(), image.reference());
+        let oci = OciManifest {
+            schema_version: 2,
+            media_type: MANIFEST.to_owned(),
+            artifact_type: ARTIFACT.to_owned(),
+            config,
+            layers,
+            annotations: Annotations::from([annotation]),
+        };
+        let text = serde_json::to_vec(&oci).map_err(|e| self.unwritable(&e))?;
+        let mut of = self.put(MANIFEST, &text, &mut pushed)?;
+        pushed.digest = of.digest.parse()?;
+        of.artifact_type = Some(ARTIFACT.to_owned());
+        of.annotations.insert(REF_NAME.to_owned(), tag.to_owned());
+        self.tag(tag, &of)?;
+        Ok(pushed)
+    }
+
+    fn unwritable(&self, error: &serde_json::Error) -> LayoutError {
+        LayoutError::Json {
+            path: self.path.clone(),
+            reason: error.to_string(),
+        }
+    }
+
+    /// What is in memory, as a blob.
+    fn put(
+        &self,
+        media_type: &str,
+        bytes: &[u8],
+        pushed: &mut Pushed,
+    ) -> Result<Descriptor, LayoutError> {
+        let digest = BlobDigest::of(bytes);
+        let size = bytes.len() as u64;
+        pushed.bytes += size;
+        if !self.has(digest, size) {
+            let temporary = self.temporary();
+            fs::write(&temporary, bytes).map_err(LayoutError::io("write", &temporary))?;
+            commit_file(&temporary, &self.path.join(digest.path()))?;
+            pushed.written += size;
+        }
+        Ok(descriptor(media_type, digest, size))
+    }
+
+    /// A file, as a blob. Where its digest is known already it is only compared, and nothing is written.
+    fn put_file(
+        &self,
+        path: &Path,
+        media_type: &str,
+        known: Option<BlobDigest>,
+        pushed: &mut Pushed,
+        done: &AtomicU64,
+    ) -> Result<Descriptor, LayoutError> {
+        let open = || open_regular(path).map_err(LayoutError::io("read", path));
+        let file = open()?;
+        let size = file
+            .metadata()
+            .map_err(LayoutError::io("look at", path))?
+            .len();
+        pushed.bytes += size;
+        if let Some(known) = known.filter(|known| self.has(*known, size)) {
+            let read = AtomicU64::new(0);
+            let (digest, _) = copy(file, &mut io::sink(), size, path, path, &read)?;
+            if digest == known {
+                done.fetch_add(size, Ordering::Relaxed);
+                return Ok(descriptor(media_type, known, size));
+            }
+        }
+        space::require(&self.path, size)?;
+        let temporary = self.temporary();
+        let mut into = File::create_new(&temporary).map_err(LayoutError::io("make", &temporary))?;
+        let copied = copy(open()?, &mut into, size, path, &temporary, done);
+        let digest = match copied {
+            Ok((digest, copied)) if copied == size => digest,
+            other => {
+                // Errors leave it to the next push.
+                let _ = fs::remove_file(&temporary);
+                let changed = io::Error::other("it changed while it was read");
+                return Err(other
+                    .err()
+                    .unwrap_or_else(|| LayoutError::io("read", path)(changed)));
+            }
+        };
+        if self.has(digest, size) {
+            fs::remove_file(&temporary).map_err(LayoutError::io("remove", &temporary))?;
+        } else {
+            commit_file(&temporary, &self.path.join(digest.path()))?;
+            pushed.written += size;
+        }
+        Ok(descriptor(media_type, digest, size))
+    }
+
+    /// Whether there is such a blob. Its bytes are compared by whoever pulls.
+    fn has(&self, digest: BlobDigest, size: u64) -> bool {
+        let found = self.file(&digest.path()).and_then(|file| file.metadata());
+        found.is_ok_and(|found| found.len() == size)
+    }
+
+    fn temporary(&self) -> std::path::PathBuf {
+        self.path.join(format!("{TEMPORARY}{}", std::process::id()))
+    }
+
+    /// Removes what killed pushes left.
+    fn sweep(&self) -> Result<(), LayoutError> {
+        let path = &self.path;
+        for entry in fs::read_dir(path).map_err(LayoutError::io("list", path))? {
+            let entry = entry.map_err(LayoutError::io("list", path))?;
+            if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
+                let path = entry.path();
+                fs::remove_file(&path).map_err(LayoutError::io("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The packs of the images that are there. A pack's name was drawn by chance and its bytes never change, so it need
+    /// not be written to find out that it is there; what a hostile layout says of it is compared.
+    fn known_packs(&self) -> Result<HashMap<String, BlobDigest>, LayoutError> {
+        let mut known = HashMap::new();
+        for of in self.tags()? {
+            // Another's artifact, or a damaged one, is no reason not to add to the layout.
+            let Ok(manifest) = self.manifest(of.tag().unwrap_or_default(), &of) else {
+                continue;
+            };
+            for layer in manifest.layers {
+                if let (true, Ok(digest)) =
+                    (layer.title().starts_with("pack-"), layer.digest.parse())
+                {
+                    known.insert(layer.title().to_owned(), digest);
+                }
+            }
+        }
+        Ok(known)
+    }
+
+    /// Sets a tag in `index.json`, and keeps all else that is in it.
+    fn tag(&self, tag: &str, of: &Descriptor) -> Result<(), LayoutError> {
+        let path = self.path.join(INDEX_JSON);
+        let file = self
+            .file(INDEX_JSON)
+            .map_err(LayoutError::io("open", &path))?;
+        let bytes = self.bounded(INDEX_JSON, file, MAX_INDEX_JSON)?;
+        let mut index: Value = self.json(INDEX_JSON, &bytes)?;
+        let not_ours = || LayoutError::Json {
+            path: path.clone(),
+            reason: "it has no list of manifests".to_owned(),
+        };
+        let manifests = index.get_mut("manifests").and_then(Value::as_array_mut);
+        let manifests = manifests.ok_or_else(not_ours)?;
+        manifests.retain(|other| other["annotations"][REF_NAME] != tag);
+        manifests.push(serde_json::to_value(of).map_err(|e| self.unwritable(&e))?);
+        write_file(&path, index.to_string().as_bytes(), true)?;
+        Ok(())
+    }
+}
+
+fn descriptor(media_type: &str, digest: BlobDigest, size: u64) -> Descriptor {
+    Descriptor {
+        media_type: media_type.to_owned(),
+        artifact_type: None,
+        digest: digest.to_string(),
+        size,
+        annotations: Annotations::new(),
+    }
+}

@@ -1,0 +1,198 @@
+//! `rekindle image gc`: makes room, by the rules of `[images.retention]`.
+
+use std::{
+    process::ExitCode,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rekindle_checkpoint::{
+    ImageStore,
+    image::{Evicted, Leftovers},
+    retention::{Held, Plan, Reason, plan},
+};
+use rekindle_core::{
+    config::{NodeConfig, Retention},
+    duration,
+    name::Namespace,
+    size,
+};
+use serde_json::{Value, json};
+
+use crate::output;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct GcArgs {
+    /// Say what would be removed, and remove nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Keep so many generations of each name, at least 1 [default: images.retention.keep].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: Option<u32>,
+    /// Remove what no container was started from for this long (90s, 5m, 72h), but for the newest generation of a
+    /// name [default: images.retention.idle].
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
+    idle: Option<Duration>,
+    /// What all images may take on the disk (200GiB); with -n, those of that namespace [default:
+    /// images.retention.quota, or what leaves a fifth of the disk free; with -n images.retention.namespace-quota].
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    quota: Option<u64>,
+    /// Look at the images of this namespace only.
+    #[arg(short, long, value_name = "NS")]
+    namespace: Option<Namespace>,
+}
+
+impl GcArgs {
+    /// The node's rules, with what was typed in their place.
+    fn policy(&self, node: Retention) -> Retention {
+        let (quota, namespace_quota) = match self.namespace {
+            Some(_) => (None, self.quota.or(node.namespace_quota)),
+            None => (self.quota.or(node.quota), node.namespace_quota),
+        };
+        Retention {
+            keep: self.keep.or(node.keep),
+            idle: self.idle.or(node.idle),
+            quota,
+            namespace_quota,
+            ..node
+        }
+    }
+}
+
+/// One image that the plan removes, and what became of it.
+struct Outcome<'a> {
+    image: &'a Held,
+    reason: Reason,
+    evicted: Evicted,
+}
+
+pub(super) fn run(
+    store: &ImageStore,
+    config: &NodeConfig,
+    args: &GcArgs,
+) -> anyhow::Result<ExitCode> {
+    let leftovers = store.leftovers(!args.dry_run)?;
+    let images = store.inventory(args.namespace.as_ref())?;
+    // Of one namespace's images nobody can say whether all of them fit.
+    let disk = match args.namespace {
+        Some(_) => None,
+        None => Some(store.disk()?),
+    };
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let policy = args.policy(config.images.retention);
+    let plan = plan(&images, &policy, disk, now.as_secs());
+    let mut outcomes = Vec::new();
+    for removal in &plan.removals {
+        let image = &images[removal.image];
+        let evicted = match args.dry_run {
+            true => Evicted::Freed(removal.frees),
+            false => store.evict(image)?,
+        };
+        let outcome = Outcome {
+            image,
+            reason: removal.reason,
+            evicted,
+        };
+        if !args.json {
+            output::line(sentence(&outcome, args.dry_run));
+        }
+        outcomes.push(outcome);
+    }
+    match args.json {
+        true => output::json(&report(args, &plan, &outcomes, leftovers))?,
+        false => summary(args, &plan, &outcomes, leftovers),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn reference(image: &Held) -> String {
+    format!("{}/{}@{}", image.namespace, image.name, image.generation)
+}
+
+fn sentence(outcome: &Outcome<'_>, dry_run: bool) -> String {
+    let image = reference(outcome.image);
+    let why = match outcome.reason {
+        Reason::Keep { keep: 1 } => "there is a newer generation".to_owned(),
+        Reason::Keep { keep } => format!("there are {keep} newer generations"),
+        Reason::Idle { seconds } => format!("not used for {}", super::span(seconds)),
+        Reason::NamespaceQuota { quota } => format!(
+            "namespace {} has more than {}",
+            outcome.image.namespace,
+            output::bytes(quota)
+        ),
+        Reason::Quota { quota } => format!("all images have more than {}", output::bytes(quota)),
+    };
+    match outcome.evicted {
+        Evicted::Freed(bytes) if dry_run => {
+            format!("would remove {image}: {why}; {} free", output::bytes(bytes))
+        }
+        Evicted::Freed(bytes) => format!("removed {image}: {why}; {} freed", output::bytes(bytes)),
+        Evicted::Used => format!("kept {image}: a container started from it meanwhile"),
+        Evicted::Gone => format!("{image} is gone already"),
+    }
+}
+
+/// Bytes that came free on the disk.
+fn freed(outcomes: &[Outcome<'_>], leftovers: Leftovers) -> u64 {
+    let images = outcomes.iter().map(|outcome| match outcome.evicted {
+        Evicted::Freed(bytes) => bytes,
+        Evicted::Used | Evicted::Gone => 0,
+    });
+    leftovers.bytes + images.sum::<u64>()
+}
+
+fn summary(args: &GcArgs, plan: &Plan, outcomes: &[Outcome<'_>], leftovers: Leftovers) {
+    let (removed, freed_word) = match args.dry_run {
+        true => ("would remove", "would be free"),
+        false => ("removed", "freed"),
+    };
+    if leftovers.folders > 0 {
+        output::line(format!(
+            "{removed} {} folders that killed checkpoints, restores or removals left; {} {freed_word}",
+            leftovers.folders,
+            output::bytes(leftovers.bytes)
+        ));
+    }
+    let freed = freed(outcomes, leftovers);
+    output::line(format!("{} {freed_word}", output::bytes(freed)));
+    if plan.over() > 0 {
+        output::line(format!(
+            "{} more than the quota of {} stay: containers use them, or something else has links to them",
+            output::bytes(plan.over()),
+            output::bytes(plan.quota.unwrap_or(0))
+        ));
+    }
+}
+
+fn report(args: &GcArgs, plan: &Plan, outcomes: &[Outcome<'_>], leftovers: Leftovers) -> Value {
+    let rows = outcomes.iter().map(|outcome| {
+        let (result, bytes) = match outcome.evicted {
+            Evicted::Freed(bytes) => ("removed", bytes),
+            Evicted::Used => ("used-meanwhile", 0),
+            Evicted::Gone => ("gone", 0),
+        };
+        json!({
+            "namespace": outcome.image.namespace,
+            "name": outcome.image.name,
+            "generation": outcome.image.generation,
+            "last_used": outcome.image.last_used,
+            "why": outcome.reason,
+            "result": result,
+            "freed": bytes,
+        })
+    });
+    json!({
+        "dry_run": args.dry_run,
+        "images": rows.collect::<Vec<_>>(),
+        "leftovers": {"folders": leftovers.folders, "freed": leftovers.bytes},
+        "freed": freed(outcomes, leftovers),
+        "before": plan.before,
+        "after": plan.after,
+        "quota": plan.quota,
+        "over": plan.over(),
+    })
+}

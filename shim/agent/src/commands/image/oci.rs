@@ -1,0 +1,216 @@
+//! `rekindle image push` and `pull`: images in an OCI image layout.
+
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    str::FromStr,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rekindle_checkpoint::{
+    ImageStore,
+    layout::{self, Layout, Proof},
+};
+use rekindle_core::{
+    config::NodeConfig,
+    name::{ImageRef, Namespace},
+};
+use serde_json::json;
+
+use super::{failure, locate, opened::Room, with_bar};
+use crate::{exit::Failure, keys, output};
+
+/// Where images are pushed to and pulled from: `oci:DIR[:TAG]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    folder: PathBuf,
+    tag: Option<String>,
+}
+
+impl FromStr for Place {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refuse = || format!("{text:?} is no OCI layout: oci:DIR or oci:DIR:TAG is meant");
+        let rest = text.strip_prefix("oci:").ok_or_else(refuse)?;
+        // A folder with a colon in its name cannot be written so; nor can it for other tools.
+        let (folder, tag) = match rest.split_once(':') {
+            Some((folder, tag)) => (folder, Some(tag)),
+            None => (rest, None),
+        };
+        if folder.is_empty() {
+            return Err(refuse());
+        }
+        if let Some(tag) = tag {
+            layout::check_tag(tag).map_err(|e| e.to_string())?;
+        }
+        Ok(Self {
+            folder: folder.into(),
+            tag: tag.map(str::to_owned),
+        })
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct PushArgs {
+    /// The image: [NAMESPACE/]NAME[@GENERATION].
+    image: ImageRef,
+    /// The layout, which is made where there is none, and the tag [default: NAMESPACE/NAME@GENERATION].
+    #[arg(value_name = "oci:DIR[:TAG]")]
+    place: Place,
+    /// Look in this namespace.
+    #[arg(short, long, value_name = "NS")]
+    namespace: Option<Namespace>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct PullArgs {
+    /// The layout, and the tag [default: that of the only image in it].
+    #[arg(value_name = "oci:DIR[:TAG]")]
+    place: Place,
+    /// Call it [NAMESPACE/]NAME; its generation is the next one [default: as it was called].
+    #[arg(value_name = "NAME")]
+    name: Option<ImageRef>,
+    /// Put it into this namespace.
+    #[arg(short, long, value_name = "NS")]
+    namespace: Option<Namespace>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn push(store: &ImageStore, args: &PushArgs) -> anyhow::Result<ExitCode> {
+    let (namespace, generation) = locate(store, &args.image, args.namespace.as_ref())?;
+    let image = store.resolve(&namespace, &args.image.name, Some(generation));
+    let image = image.map_err(failure)?;
+    let reference = image.reference();
+    let tag = args.place.tag.as_deref().unwrap_or(&reference);
+    let layout = Layout::create(&args.place.folder)?;
+    let done = AtomicU64::new(0);
+    let pushed = with_bar(
+        &reference,
+        image.manifest().total_bytes(),
+        || done.load(Ordering::Relaxed),
+        || layout.push(&image, tag, &done),
+    )?;
+    if args.json {
+        output::json(&json!({
+            "image": reference,
+            "folder": args.place.folder,
+            "tag": tag,
+            "digest": pushed.digest.to_string(),
+            "bytes": pushed.bytes,
+            "written": pushed.written,
+        }))?;
+    } else {
+        let there = output::bytes(pushed.bytes - pushed.written);
+        output::line(format!(
+            "pushed {reference} to {} as {tag}: {}, of which {there} were there already",
+            args.place.folder.display(),
+            output::bytes(pushed.bytes)
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn pull(
+    store: &ImageStore,
+    config: &NodeConfig,
+    args: &PullArgs,
+) -> anyhow::Result<ExitCode> {
+    let layout = Layout::open(&args.place.folder)?;
+    let found = layout.find(args.place.tag.as_deref())?;
+    let manifest = found.manifest();
+    let (namespace, name) = match (&args.name, &args.namespace) {
+        (Some(named), Some(b)) if named.namespace.as_ref().is_some_and(|a| a != b) => {
+            let reason = format!("image {named}: it names another namespace than --namespace {b}");
+            return Err(Failure::Refused(reason).into());
+        }
+        (Some(named), _) if named.generation.is_some() => {
+            let reason = format!("image {named}: a pulled image is the next generation");
+            return Err(Failure::Refused(reason).into());
+        }
+        (named, given) => {
+            let of_name = named.as_ref().and_then(|named| named.namespace.clone());
+            let namespace = of_name.or(given.clone());
+            let name = named.as_ref().map(|named| named.name.clone());
+            (
+                namespace.unwrap_or(manifest.namespace.clone()),
+                name.unwrap_or(manifest.name.clone()),
+            )
+        }
+    };
+    let encryption = manifest.encryption.as_ref();
+    let key_name = encryption.map(|encryption| encryption.key.clone());
+    let key = config.key_of(key_name.as_deref(), &namespace);
+    let key = key.map(keys::read).transpose()?;
+    let room = Room::new(store, key.as_ref())?;
+    let bytes = found.bytes();
+    let packs: u64 = manifest.packs.iter().map(|pack| pack.size).sum();
+    let (done, checked) = (AtomicU64::new(0), AtomicU64::new(0));
+    let pulled = with_bar(
+        &format!("{namespace}/{name}"),
+        bytes + packs,
+        || done.load(Ordering::Relaxed) + checked.load(Ordering::Relaxed),
+        || {
+            let to = (&namespace, &name);
+            found.pull(store, to, key.as_ref(), &room.path, (&done, &checked))
+        },
+    )?;
+    let reference = pulled.image.reference();
+    if args.json {
+        output::json(&json!({
+            "image": reference,
+            "bytes": bytes,
+            "linked": pulled.linked,
+            "proof": match pulled.proof {
+                Proof::Whole => "whole",
+                Proof::WithoutKey => "without-key",
+            },
+        }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let proof = match pulled.proof {
+        Proof::Whole => "verified".to_owned(),
+        Proof::WithoutKey => format!(
+            "of which the files, their sizes and the index were verified; who made it and its chunks were not, for this node does not have the key {:?}",
+            key_name.unwrap_or_default()
+        ),
+    };
+    let linked = output::bytes(pulled.linked);
+    output::line(format!(
+        "pulled {reference}: {}, of which {linked} were there already; {proof}",
+        output::bytes(bytes)
+    ));
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_a_folder_and_a_tag() {
+        let place = |text: &str| text.parse::<Place>();
+        let is = |folder: &str, tag: Option<&str>| Place {
+            folder: folder.into(),
+            tag: tag.map(str::to_owned),
+        };
+        assert_eq!(place("oci:/srv/x"), Ok(is("/srv/x", None)));
+        let tagged = is("x", Some("team-a/warm@3"));
+        assert_eq!(place("oci:x:team-a/warm@3"), Ok(tagged));
+        for bad in [
+            "",
+            "/srv/x",
+            "oci:",
+            "oci::tag",
+            "oci:x:",
+            "oci:x:a:b",
+            "docker://x",
+        ] {
+            assert!(place(bad).is_err(), "{bad}");
+        }
+    }
+}

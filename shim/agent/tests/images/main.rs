@@ -1,0 +1,7 @@
+//! `rekindle image` on stores that are made here: no containerd, no root.
+#![allow(clippy::unwrap_used)]
+
+mod diff;
+mod gc;
+mod node;
+mod oci;
