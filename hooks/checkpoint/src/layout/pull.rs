@@ -84,7 +84,11 @@ impl Layout {
     ) -> Result<(String, &'t Descriptor), LayoutError> {
         let fits = |of: &&Descriptor| match wanted {
             Some(wanted) => of.tag() == Some(wanted),
-            None => of.artifact_type.as_deref() == Some(super::ARTIFACT),
+            // Whoever copies layouts may leave out what the manifest says too, as oras 1.3 does.
+            None => match of.artifact_type.as_deref() {
+                Some(artifact) => artifact == super::ARTIFACT,
+                None => of.media_type == super::MANIFEST,
+            },
         };
         let found: Vec<&Descriptor> = tags.iter().filter(fits).collect();
         let [of] = found[..] else {

@@ -174,6 +174,16 @@ fn an_image_travels_and_is_the_same() {
 }
 
 #[test]
+fn a_descriptor_that_does_not_tell_the_artifact_is_found_by_its_manifest() {
+    let between = Between::with_one();
+    of_tag(&between, "artifactType", Value::Null);
+    between.pull(None).unwrap();
+    of_tag(&between, "artifactType", "application/x".into());
+    let refused = between.pull(None).unwrap_err();
+    assert!(matches!(refused, LayoutError::NoTag { .. }), "{refused}");
+}
+
+#[test]
 fn a_pack_that_is_there_is_written_once_on_either_side() {
     let between = Between::with_one();
     drop(make(&between.from));
