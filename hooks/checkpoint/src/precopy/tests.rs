@@ -7,6 +7,8 @@
 use std::{
     fs,
     io::{PipeReader, PipeWriter, Read, Write},
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -27,12 +29,17 @@ const BLOCKS: usize = 64;
 /// Pages of a block.
 const PAGES: usize = CHUNK / 4096;
 
+/// One process at a time: a fork copies the descriptors of all tests, and a userfaultfd watches until the last copy of
+/// it is closed.
+static TURN: Mutex<()> = Mutex::new(());
+
 /// A forked process with memory of its own: page n begins with the word n + 1.
 struct Process {
     task: Task,
     begin: u64,
     to: PipeWriter,
     from: PipeReader,
+    _turn: MutexGuard<'static, ()>,
 }
 
 /// What it is told to do, with the number of a page.
@@ -54,6 +61,7 @@ enum Do {
 
 impl Process {
     fn new() -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = BLOCKS * CHUNK;
         // SAFETY: fresh memory, whose address is kept and which lives as long as the process.
         let begin = unsafe {
@@ -91,6 +99,7 @@ impl Process {
             begin: begin as u64,
             to,
             from,
+            _turn: turn,
         }
     }
 
@@ -112,6 +121,7 @@ impl Process {
 
     /// None on a kernel that does not remember what is written.
     fn watched(&self) -> Option<Precopy> {
+        self.wait_until_unwatched();
         let lent = userfaultfd::open_in(self.task.pid);
         let tracker = lent.ok().and_then(Tracker::new);
         if tracker.is_none() {
@@ -123,6 +133,20 @@ impl Process {
             tracker: tracker?,
             cells: HashMap::new(),
         }]))
+    }
+
+    /// A program that another test starts has copies of this one's descriptors until it runs.
+    fn wait_until_unwatched(&self) {
+        let watched = || {
+            let smaps = fs::read_to_string(format!("/proc/{}/smaps", self.task.pid)).unwrap();
+            let mut flags = smaps.lines().filter(|line| line.starts_with("VmFlags:"));
+            flags.any(|line| line.split_whitespace().any(|flag| flag == "uw"))
+        };
+        let until = later();
+        while watched() {
+            assert!(Instant::now() < until, "it is still watched");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn part(&self, of: &Precopied, block: usize) -> Option<Part> {
@@ -427,7 +451,7 @@ print(digest.hex(), ticks > 20, flush=True)
         let mut out = child.stdout.take().unwrap();
         out.read_exact(&mut [0; 6]).unwrap();
         let (sender, receiver) = std::sync::mpsc::channel();
-        let reader = std::thread::spawn(move || {
+        let reader = thread::spawn(move || {
             let mut text = String::new();
             out.read_to_string(&mut text).unwrap();
             sender.send(()).unwrap();
