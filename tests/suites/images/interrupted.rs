@@ -46,7 +46,6 @@ pub(crate) async fn the_shim_is_killed_in_each_step_of_a_checkpoint(stage: &Stag
         let killed = killed_at(stage, &id, *step).await;
         killed.with_context(|| format!("killed at {step:?}"))?;
     }
-    println!("{} steps", Step::ALL.len());
     Ok(())
 }
 

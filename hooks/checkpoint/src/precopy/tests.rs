@@ -145,6 +145,7 @@ impl Process {
         let until = later();
         while watched() {
             assert!(Instant::now() < until, "it is still watched");
+            #[allow(clippy::disallowed_methods, reason = "a thread of the test's own")]
             thread::sleep(Duration::from_millis(1));
         }
     }

@@ -11,6 +11,8 @@ use anyhow::Context as _;
 use clap::Args;
 use rekindle_checkpoint::precopy::userfaultfd;
 
+use crate::output;
+
 /// Its standard input is the connection to the shim, to which the descriptors go.
 #[derive(Debug, Args)]
 pub(crate) struct UserfaultfdArgs {
@@ -24,7 +26,7 @@ pub(crate) fn run(args: &UserfaultfdArgs) -> anyhow::Result<ExitCode> {
     let shim = stdin.as_fd().try_clone_to_owned();
     let mut shim = UnixStream::from(shim.context("duplicating the connection to the shim")?);
     for (pid, reason) in userfaultfd::lend(&args.pids, &mut shim)? {
-        eprintln!("process {pid}: no userfaultfd of it: {reason}");
+        output::note(&format!("process {pid}: no userfaultfd of it: {reason}"));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -68,7 +68,7 @@ pub(super) fn userfaultfd(pid: i32) -> Result<OwnedFd, InjectError> {
     let fd = stopped.call(libc::SYS_userfaultfd, flags as u64)?;
     let ours = pidfd_getfd(&pidfd, fd as i32, PidfdGetfdFlags::empty())
         .map_err(kernel("duplicate its userfaultfd"));
-    stopped.call(libc::SYS_close, fd as u64)?;
+    stopped.call(libc::SYS_close, fd)?;
     ours
 }
 
