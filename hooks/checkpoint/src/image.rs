@@ -9,6 +9,7 @@
 //!                                           container started from it
 //!    <namespace>/<name>/.<generation>.touches  what a restore of it asked for first: a hint, and no part of it
 //!    <namespace>/<name>/.last               the highest generation there ever was
+//!    <namespace>/<name>/.warm.json          what became of those that containers made for others of their kind
 //! ```
 //! [`Request`] (who asked) and [`Order`] (who makes a [`Partial`] of it) are two processes' ends of one partial
 //! folder; [`SealedImage`] has a manifest and nothing else can be had from it; [`VerifiedImage`] gives files.

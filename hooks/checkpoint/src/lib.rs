@@ -32,6 +32,7 @@ pub mod plain;
 pub mod precopy;
 pub mod retention;
 pub mod touches;
+pub mod warm;
 
 pub use chunks::Key;
 pub use image::{

@@ -51,6 +51,9 @@ pub struct Source {
     pub container: String,
     /// `<namespace>/<name>` of its pod.
     pub pod: Option<String>,
+    /// Whether a container made it for others of its [kind](crate::warm).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub warm: bool,
 }
 
 /// The machine and the programs that made an image, or that shall restore one.

@@ -58,8 +58,11 @@ pub struct Held {
     pub last_used: u64,
     /// A container is being started from it, or still loads from it.
     pub in_use: bool,
-    /// Its manifest can be read. One that cannot is no generation to keep, and the newest of no name.
-    pub readable: bool,
+    /// Its manifest can be read, and it is not in quarantine. One that is not usable is no generation to keep, and the
+    /// newest of no name.
+    pub usable: bool,
+    /// Containers make it anew where they do not find it (`warm-start: auto`): it is the newest of no name either.
+    pub remade: bool,
     /// Its files.
     pub files: Vec<HeldFile>,
 }
@@ -198,11 +201,11 @@ fn spared(disk: Disk, used: u64) -> u64 {
 fn superseded(images: &[Held], keep: u32) -> Vec<usize> {
     let mut found = Vec::new();
     for generations in by_name(images).values() {
-        let mut readable = generations
+        let mut usable = generations
             .iter()
             .rev()
-            .filter(|image| images[**image].readable);
-        let Some(oldest) = readable.nth(keep.saturating_sub(1) as usize) else {
+            .filter(|image| images[**image].usable);
+        let Some(oldest) = usable.nth(keep.saturating_sub(1) as usize) else {
             continue;
         };
         let older = generations
@@ -225,12 +228,14 @@ fn idlers(images: &[Held], idle: Duration, newest_too: bool, now: u64) -> Vec<us
     order
 }
 
-/// Whether each is the newest generation of its name that can be read.
+/// Whether each is the newest generation of its name that is of use, and that nobody would make anew.
 fn newest(images: &[Held]) -> Vec<bool> {
     let mut newest = vec![false; images.len()];
     for generations in by_name(images).values() {
         let mut newest_first = generations.iter().rev();
-        if let Some(image) = newest_first.find(|image| images[**image].readable) {
+        if let Some(image) =
+            newest_first.find(|image| images[**image].usable && !images[**image].remade)
+        {
             newest[*image] = true;
         }
     }

@@ -48,6 +48,9 @@ pub(crate) enum Command {
     /// For the shim, which links no network client: a container's image as JSON.
     #[command(hide = true)]
     ContainerImage(commands::container_image::ContainerImageArgs),
+    /// For the shim: waits until a container is warm.
+    #[command(hide = true)]
+    Await(commands::await_warm::AwaitArgs),
     /// For the shim: brings in the memory of a lazily restored container.
     #[command(hide = true)]
     Pager(commands::pager::PagerArgs),

@@ -7,6 +7,7 @@ use crate::{
     config,
 };
 
+pub(crate) mod await_warm;
 pub(crate) mod checkpoint;
 pub(crate) mod completion;
 pub(crate) mod container_image;
@@ -29,6 +30,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::run(args, &config()?).await,
         Command::Completion(args) => Ok(completion::run(args)),
         Command::ContainerImage(args) => container_image::run(args).await,
+        Command::Await(args) => await_warm::run(args).await,
         Command::Pager(args) => pager::run(&args, config),
         Command::Userfaultfd(args) => userfaultfd::run(&args),
     }

@@ -13,6 +13,10 @@ use crate::{
     uri::DatasetUri,
 };
 
+mod warm;
+
+pub use warm::{AfterRestore, WarmRequest, WarmWhen, WarmWhenError};
+
 /// Prefix of every annotation of ours.
 pub const PREFIX: &str = "rekindle.dev/";
 /// What kube-cache used for one dataset; understood as [`PREFIX`]`dataset`.
@@ -81,7 +85,11 @@ pub struct PodRequest {
     pub restore_policy: Policy,
     /// The images to make.
     pub checkpoint: Option<CheckpointRequest>,
-    /// The container that `restore-from` and the images mean, where a pod has several.
+    /// An image of its own kind to start from, or to make.
+    pub warm: Option<WarmRequest>,
+    /// What it is told after a restore.
+    pub after_restore: Option<AfterRestore>,
+    /// The container that `restore-from`, `warm-start` and the images mean, where a pod has several.
     pub container: Option<String>,
 }
 
@@ -96,9 +104,6 @@ pub enum AnnotationError {
         /// The keys there are, comma separated.
         allowed: String,
     },
-    /// A key that is part of the design and not of this build.
-    #[error("annotation {0}: this build does not have it yet; remove it")]
-    NotBuilt(String),
     /// A value that does not fit its key.
     #[error("annotation {key}={value:?}: {reason}")]
     Value {
@@ -132,6 +137,7 @@ pub enum AnnotationError {
 }
 
 const KEYS: &[&str] = &[
+    "after-restore",
     "checkpoint-every",
     "checkpoint-name",
     "checkpoint-on-term",
@@ -142,8 +148,10 @@ const KEYS: &[&str] = &[
     "datasets",
     "restore-from",
     "restore-policy",
+    "warm-ignore-env",
+    "warm-start",
+    "warm-when",
 ];
-const NOT_BUILT: &[&str] = &["warm-start", "warm-when"];
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -205,9 +213,6 @@ impl PodRequest {
             .keys()
             .filter_map(|key| key.strip_prefix(PREFIX))
         {
-            if NOT_BUILT.contains(&key) {
-                return Err(AnnotationError::NotBuilt(format!("{PREFIX}{key}")));
-            }
             if !KEYS.contains(&key) {
                 let key = format!("{PREFIX}{}", key.chars().take(80).collect::<String>());
                 return Err(AnnotationError::UnknownKey {
@@ -273,6 +278,7 @@ impl PodRequest {
             }
         }
         request.checkpoint = checkpoint(get, request.restore_from.as_ref())?;
+        (request.warm, request.after_restore) = warm::parse(get, request.restore_from.as_ref())?;
         Ok(request)
     }
 }

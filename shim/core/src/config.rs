@@ -225,6 +225,17 @@ impl Deadlines {
     }
 }
 
+/// How containers with `warm-start: auto` are treated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct WarmStart {
+    /// How long after its start a container is waited for to be warm; after that no image is made of it.
+    pub within: Duration,
+    /// A restored container that fails sooner than this counts against its image.
+    pub early: Duration,
+    /// At so many in a row the image is put into quarantine.
+    pub failures: u32,
+}
+
 /// The node's configuration, resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NodeConfig {
@@ -234,6 +245,8 @@ pub struct NodeConfig {
     pub images: Images,
     /// Restore.
     pub restore: Restore,
+    /// `warm-start: auto`.
+    pub warm_start: WarmStart,
     /// Deadlines.
     pub deadlines: Deadlines,
 }
@@ -269,6 +282,8 @@ struct Raw {
     datasets: RawDatasets,
     images: RawImages,
     restore: RawRestore,
+    #[serde(rename = "warm-start")]
+    warm_start: RawWarmStart,
     deadlines: RawDeadlines,
 }
 
@@ -296,6 +311,16 @@ struct RawImages {
 #[serde(deny_unknown_fields, default)]
 struct RawRestore {
     paging: Paging,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawWarmStart {
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    within: Option<Duration>,
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    early: Option<Duration>,
+    failures: Option<u32>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -388,6 +413,9 @@ impl NodeConfig {
                 "1 to 1024 parallel requests",
             ));
         }
+        if raw.warm_start.failures == Some(0) {
+            return Err(refuse("warm-start.failures", "0".to_owned(), "1 or more"));
+        }
         // 5 MiB is S3's smallest part; above 1 GiB a retry costs more than it saves.
         if let Some(n) = raw
             .datasets
@@ -465,6 +493,11 @@ impl Raw {
             },
             restore: Restore {
                 paging: self.restore.paging,
+            },
+            warm_start: WarmStart {
+                within: self.warm_start.within.unwrap_or(Duration::from_secs(600)),
+                early: self.warm_start.early.unwrap_or(Duration::from_secs(60)),
+                failures: self.warm_start.failures.unwrap_or(3),
             },
             deadlines: Deadlines {
                 sandbox_data: self

@@ -10,6 +10,7 @@ mod cri {
     pub(super) const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
     pub(super) const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
     pub(super) const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
+    pub(super) const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
     pub(super) const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
 }
 
@@ -34,6 +35,8 @@ pub struct Identity {
     pub role: Role,
     /// `<pod namespace>/<pod name>`, for messages.
     pub pod: Option<String>,
+    /// The pod's uid; none outside CRI.
+    pub pod_uid: Option<String>,
     /// The container's name in the pod spec; none for a sandbox and outside CRI.
     pub container_name: Option<String>,
 }
@@ -70,6 +73,7 @@ impl Identity {
             pod: pod_namespace
                 .zip(get(cri::SANDBOX_NAME))
                 .map(|(ns, name)| format!("{ns}/{name}")),
+            pod_uid: get(cri::SANDBOX_UID),
             container_name: get(cri::CONTAINER_NAME),
         })
     }

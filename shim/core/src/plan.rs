@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    annotations::{AnnotationError, CheckpointRequest, DatasetRequest, PodRequest, Policy},
+    annotations::{
+        AfterRestore, AnnotationError, CheckpointRequest, DatasetRequest, PodRequest, Policy,
+        WarmRequest,
+    },
     config::NodeConfig,
     identity::{Identity, Role},
     name::{ImageName, NameError, Namespace},
@@ -33,6 +36,10 @@ pub struct Plan {
     pub datasets: Vec<DatasetRequest>,
     /// The image it starts from, if any.
     pub restore: Option<RestorePlan>,
+    /// Whether it starts from an image of its own kind in its own namespace, or makes one.
+    pub warm: Option<WarmRequest>,
+    /// What it is told after a restore.
+    pub after_restore: Option<AfterRestore>,
     /// The images that are made of it while it runs, in its own namespace.
     pub checkpoint: Option<CheckpointRequest>,
 }
@@ -111,6 +118,8 @@ impl Plan {
             }
         }
         let checkpoint = request.checkpoint.filter(|_| meant);
+        let warm = request.warm.filter(|_| meant);
+        let after_restore = request.after_restore.filter(|_| meant);
         let datasets = request
             .datasets
             .into_iter()
@@ -122,6 +131,8 @@ impl Plan {
             identity,
             datasets,
             restore,
+            warm,
+            after_restore,
             checkpoint,
         })
     }

@@ -148,6 +148,11 @@ impl Spec {
         })
     }
 
+    /// The process that it starts, as JSON.
+    pub(crate) fn process(&self) -> Value {
+        self.json.get("process").cloned().unwrap_or_default()
+    }
+
     /// A string somewhere in it, by JSON pointer.
     pub(crate) fn text(&self, pointer: &str) -> Option<&str> {
         self.json

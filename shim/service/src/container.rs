@@ -7,11 +7,15 @@ mod driver;
 mod exec;
 mod imaging;
 mod restoring;
+mod warming;
 
 use std::{
     collections::HashMap,
     future::Future,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use containerd_shim_protos::{
@@ -66,6 +70,8 @@ pub(crate) struct Container {
     /// in the init's tree cannot be dumped.
     exec_gate: Arc<RwLock<()>>,
     term: Mutex<imaging::Term>,
+    /// Whether somebody has signalled it: then its end is not its own doing.
+    signalled: AtomicBool,
     /// Held while a start is under way, so that its event comes before the exit's.
     start_gate: tokio::sync::Mutex<()>,
     /// Kills hold its read side, so that they are answered before anyone hears of the end: containerd deletes
@@ -115,6 +121,7 @@ impl Container {
             running_execs: watch::Sender::new(0),
             exec_gate: Arc::default(),
             term: Mutex::default(),
+            signalled: AtomicBool::new(false),
             start_gate: tokio::sync::Mutex::new(()),
             kill_gate: RwLock::default(),
             usage: Usage::default(),
@@ -168,12 +175,16 @@ impl Container {
         self.queue(|this| async move {
             let state = this.admit(Request::Start)?;
             let _gate = this.start_gate.lock().await;
-            match state {
+            let restored = match state {
                 State::CreatedFromImage => this.restore().await?,
-                _ => this.fixed.runc.start().await?,
-            }
+                _ => {
+                    this.fixed.runc.start().await?;
+                    false
+                }
+            };
             this.enter(State::Running);
             this.keep_imaging();
+            this.keep_warm(restored);
             let pid = this.view().pid;
             let mut event = TaskStart::new();
             event.container_id.clone_from(&this.fixed.id);
@@ -307,6 +318,7 @@ impl Container {
 
     /// Signals the init. Does not queue: it must reach a container whose driver is busy.
     pub(crate) async fn kill(self: &Arc<Self>, signal: u32, all: bool) -> Result<(), Error> {
+        self.signalled.store(true, Ordering::Relaxed);
         if self.hold_back(signal, all) {
             return Ok(());
         }

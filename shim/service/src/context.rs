@@ -18,7 +18,7 @@ use crate::{
     host::HostFacts,
     io::Owner,
     options::RuncOptions,
-    phases::restore::HostNames,
+    phases::{restore::HostNames, warm::Warm},
     rootfs::Rootfs,
     runc::Runc,
     threads::blocking,
@@ -57,8 +57,10 @@ pub(crate) struct Fixed {
     pub(crate) options: RuncOptions,
     pub(crate) runc: Runc,
     pub(crate) rootfs: Rootfs,
-    /// Held so that no dataset is removed under it.
-    pub(crate) _datasets: Vec<DatasetMount>,
+    /// Also held so that no dataset is removed under it.
+    pub(crate) datasets: Vec<DatasetMount>,
+    /// What it goes by with `warm-start: auto`.
+    pub(crate) warm: Option<Warm>,
     pub(crate) criu: CriuConfig,
     pub(crate) staged: Mutex<Staged>,
     /// The spec's `cgroupsPath`.

@@ -3,6 +3,7 @@
 pub(crate) mod checkpoint;
 pub(crate) mod create;
 pub(crate) mod restore;
+pub(crate) mod warm;
 
 use std::{fmt::Debug, future::Future, time::Instant};
 
@@ -21,6 +22,12 @@ pub(crate) enum PhaseError {
     ExecRunning { id: String, exec: String, pid: i32 },
     #[error("cannot restore container {id}: {reason}")]
     CannotRestore { id: String, reason: String },
+    /// The reason is no fault of the image.
+    #[error("cannot restore container {id}: {reason}")]
+    CannotRestoreHere { id: String, reason: String },
+    /// There was no time left for it.
+    #[error("cannot restore container {id}: {reason}")]
+    TooLate { id: String, reason: String },
     #[error("cannot checkpoint container {id}: {reason}")]
     CannotCheckpoint { id: String, reason: String },
 }

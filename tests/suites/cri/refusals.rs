@@ -108,15 +108,9 @@ pub(crate) async fn a_policy_that_is_none_is_refused(cri: &Cri<'_>) -> Result<()
 }
 
 pub(crate) async fn what_this_build_lacks_is_refused(cri: &Cri<'_>) -> Result<()> {
-    let key = "rekindle.dev/warm-start";
-    refused(
-        cri,
-        "not-yet",
-        key,
-        "auto",
-        &[key, "this build does not have it yet"],
-    )
-    .await
+    let key = "rekindle.dev/dataset";
+    let words = [key, "hf://", "this build has no source for"];
+    refused(cri, "not-yet", key, "hf://org/model", &words).await
 }
 
 pub(crate) async fn other_annotations_are_nobodys_business(cri: &Cri<'_>) -> Result<()> {

@@ -15,6 +15,7 @@ mod sealed;
 mod stage;
 mod tasks;
 mod unmade;
+mod warming;
 
 macro_rules! tests {
     ($($name:ident $nodes:ident { $($module:ident { $($test:ident)* })* })*) => {
@@ -71,6 +72,10 @@ images! {
         sealed {
             it_continues_and_nothing_is_in_clear
         }
+        warming {
+            the_second_of_a_kind_goes_on_where_the_first_was_warm
+            it_is_told_after_its_restore
+        }
     }
     once {
         tasks {
@@ -114,6 +119,12 @@ images! {
             on_a_timer
             before_it_hears_of_sigterm
             a_sigkill_ends_it_without_an_image
+        }
+        warming {
+            an_image_that_cannot_be_restored_goes_into_quarantine
+            an_image_whose_containers_end_early_goes_into_quarantine
+            of_many_at_once_one_makes_it
+            pods_of_one_deployment_share_it
         }
         command {
             an_image_is_shown

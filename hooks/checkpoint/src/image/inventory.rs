@@ -8,18 +8,22 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use rekindle_core::name::{ImageName, Namespace};
+use rekindle_core::{
+    config::Retention,
+    name::{ImageName, Namespace},
+};
 use rekindle_store::{Lock, StoreError};
 use rustix::fs::statvfs;
 
 use super::{
     ImageError, ImageStore,
     folder::{lock_path, remove_unless_leased},
+    reference,
     store::{Listed, names},
 };
 use crate::{
     manifest::MANIFEST_FILE,
-    retention::{Disk, Held, HeldFile},
+    retention::{Disk, Held, HeldFile, plan},
 };
 
 /// What became of an image that was to be removed.
@@ -57,16 +61,19 @@ impl ImageStore {
                 generation,
                 manifest,
                 in_use,
+                quarantined,
             } = listed;
             let dir = self.image_dir(&namespace, &name, generation);
             // One that is being removed just now is gone from a line to the next.
             if !dir.join(MANIFEST_FILE).exists() {
                 continue;
             }
+            let source = manifest.as_ref().map(|manifest| &manifest.facts.source);
             all.push(Held {
                 last_used: self.last_used(&namespace, &name, generation)?,
                 files: files(&dir)?,
-                readable: manifest.is_ok(),
+                usable: source.is_ok() && quarantined.is_none(),
+                remade: source.is_ok_and(|source| source.warm),
                 namespace,
                 name,
                 generation,
@@ -112,6 +119,34 @@ impl ImageStore {
         Ok(Evicted::Freed(freed))
     }
 
+    /// Makes room by these rules and the free space of the disk, among the images that containers make anew by
+    /// themselves: what a person has made stays. What was removed, by namespace, name and generation.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn make_room(&self, rules: &Retention) -> Result<Vec<String>, ImageError> {
+        let mut images = self.inventory(None)?;
+        for image in &mut images {
+            image.in_use |= !image.remade;
+        }
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let plan = plan(&images, rules, Some(self.disk()?), now.as_secs());
+        let mut removed = Vec::new();
+        for removal in plan.removals {
+            let image = &images[removal.image];
+            if let Evicted::Freed(_) = self.evict(image)? {
+                removed.push(reference(
+                    &image.namespace,
+                    &image.name,
+                    Some(image.generation),
+                ));
+            }
+        }
+        Ok(removed)
+    }
+
     /// Finds what killed checkpoints, restores and removals left, and removes it where `remove` says so: partial
     /// folders that nobody holds, and generations without a manifest.
     ///
@@ -135,7 +170,7 @@ impl ImageStore {
             }
         }
         for namespace in names::<Namespace>(self.root())? {
-            for name in names::<ImageName>(&self.root().join(namespace.as_str()))? {
+            for name in self.names(&namespace)? {
                 self.unfinished(&namespace, &name, remove, &mut found)?;
             }
         }

@@ -42,6 +42,8 @@ pub struct Listed {
     pub manifest: Result<Manifest, ManifestError>,
     /// Whether a container is being restored from it, or still loads from it.
     pub in_use: bool,
+    /// Why no container of its [kind](crate::warm) starts from it any more.
+    pub quarantined: Option<String>,
 }
 
 /// An image with its manifest, leased as long as this lives. Its bytes are not verified, so nothing but
@@ -193,7 +195,8 @@ impl ImageStore {
             if only.is_some_and(|only| *only != namespace) {
                 continue;
             }
-            for name in names::<ImageName>(&self.root.join(namespace.as_str()))? {
+            for name in self.names(&namespace)? {
+                let record = self.warm_record(&namespace, &name);
                 for generation in self.generations(&namespace, &name)? {
                     let lock = self.lock_path(&namespace, &name, generation);
                     let dir = self.image_dir(&namespace, &name, generation);
@@ -201,6 +204,7 @@ impl ImageStore {
                         manifest: read_manifest(&dir).map(|(manifest, _)| manifest),
                         // Looking must not create a lock file, nor hold one.
                         in_use: lock.exists() && Lock::try_acquire(&lock)?.is_none(),
+                        quarantined: record.quarantined(generation).map(str::to_owned),
                         namespace: namespace.clone(),
                         name: name.clone(),
                         generation,
@@ -238,6 +242,9 @@ impl ImageStore {
                 )));
             }
             self.remove_generation(namespace, name, *generation)?;
+        }
+        if generation.is_none() {
+            self.forget_warm(namespace, name)?;
         }
         Ok(doomed)
     }
@@ -340,9 +347,7 @@ impl ImageStore {
         name: &ImageName,
         publish: impl Fn(&Path) -> Result<(), StoreError>,
     ) -> Result<SealedImage, ImageError> {
-        let home = self.root.join(namespace.as_str()).join(name.as_str());
-        new_dir(&home)?;
-        let last = home.join(LAST);
+        let last = self.home(namespace, name)?.join(LAST);
         loop {
             let highest = self.generations(namespace, name)?.last().copied();
             let ever = fs::read_to_string(&last)
@@ -376,12 +381,33 @@ impl ImageStore {
         Err(ImageError::Unknown(reference(namespace, name, None)))
     }
 
-    pub(super) fn generations(
+    /// The folder of a name, whether it is there or not.
+    pub(crate) fn home_of(&self, namespace: &Namespace, name: &ImageName) -> PathBuf {
+        self.root.join(namespace.as_str()).join(name.as_str())
+    }
+
+    /// The folder of a name, made where it is not there yet.
+    pub(crate) fn home(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+    ) -> Result<PathBuf, ImageError> {
+        let home = self.home_of(namespace, name);
+        new_dir(&home)?;
+        Ok(home)
+    }
+
+    /// The names in a namespace, sorted.
+    pub(crate) fn names(&self, namespace: &Namespace) -> Result<Vec<ImageName>, ImageError> {
+        names(&self.root.join(namespace.as_str()))
+    }
+
+    pub(crate) fn generations(
         &self,
         namespace: &Namespace,
         name: &ImageName,
     ) -> Result<Vec<u64>, ImageError> {
-        let home = self.root.join(namespace.as_str()).join(name.as_str());
+        let home = self.home_of(namespace, name);
         let mut all: Vec<u64> = entries(&home)?
             .iter()
             .filter_map(|text| {
@@ -400,10 +426,7 @@ impl ImageStore {
         name: &ImageName,
         generation: u64,
     ) -> PathBuf {
-        self.root
-            .join(namespace.as_str())
-            .join(name.as_str())
-            .join(generation.to_string())
+        self.home_of(namespace, name).join(generation.to_string())
     }
 
     pub(super) fn touches_path(
@@ -412,9 +435,7 @@ impl ImageStore {
         name: &ImageName,
         generation: u64,
     ) -> PathBuf {
-        self.root
-            .join(namespace.as_str())
-            .join(name.as_str())
+        self.home_of(namespace, name)
             .join(format!(".{generation}.touches"))
     }
 
@@ -424,9 +445,7 @@ impl ImageStore {
         name: &ImageName,
         generation: u64,
     ) -> PathBuf {
-        self.root
-            .join(namespace.as_str())
-            .join(name.as_str())
+        self.home_of(namespace, name)
             .join(format!(".{generation}.lock"))
     }
 }

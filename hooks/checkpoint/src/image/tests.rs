@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, atomic::AtomicU64},
 };
 
+use rekindle_core::config::Retention;
+
 use super::*;
 use crate::{
     chunks::{CHUNK, Compression, Key, Room, Stream},
@@ -828,5 +830,29 @@ fn what_the_killed_left_is_found_and_removed_and_what_somebody_holds_is_not() {
     assert_eq!(store.leftovers(true).unwrap(), seen);
     assert!(!dead.exists() && partial.criu_dir().is_dir());
     assert_eq!(store.leftovers(true).unwrap(), Leftovers::default());
+    assert_eq!(store.list(None).unwrap().len(), 1);
+}
+
+/// Room is made by itself only of what containers make by themselves.
+#[test]
+fn what_a_person_has_made_stays_when_room_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(&dir.path().join("images")).unwrap();
+    let first = Making::plain().make(&store);
+    let second = Making::plain().make(&store);
+    let path = first.dir().join(MANIFEST_FILE);
+    let mut manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    manifest["facts"]["source"]["warm"] = true.into();
+    fs::write(&path, manifest.to_string()).unwrap();
+    let rules = Retention {
+        idle: Some(std::time::Duration::ZERO),
+        idle_newest: true,
+        ..Retention::default()
+    };
+    // A container starts from it.
+    assert_eq!(store.make_room(&rules).unwrap(), Vec::<String>::new());
+    drop((first, second));
+    assert_eq!(store.make_room(&rules).unwrap(), ["team-a/warm@1"]);
     assert_eq!(store.list(None).unwrap().len(), 1);
 }

@@ -28,7 +28,8 @@ fn held(name: &str, generation: u64, last_used: u64, packs: &[(u64, u64, u64)]) 
         generation,
         last_used,
         in_use: false,
-        readable: true,
+        usable: true,
+        remade: false,
         files: [own].into_iter().chain(packs).collect(),
     }
 }
@@ -73,10 +74,39 @@ fn the_newest_generations_are_kept_and_one_that_cannot_be_read_is_none_of_them()
         gone(&images, &policy, ROOMY),
         [("a/x@1".to_owned(), 1), ("a/x@2".to_owned(), 1)]
     );
-    images[3].readable = false;
+    images[3].usable = false;
     assert_eq!(gone(&images, &policy, ROOMY), [("a/x@1".to_owned(), 1)]);
     images[0].in_use = true;
     assert_eq!(gone(&images, &policy, ROOMY), []);
+}
+
+/// What pods make anew by themselves is not spared: each new version of a container image has a name of its own.
+#[test]
+fn of_what_is_made_anew_the_newest_goes_too() {
+    let mut images = [
+        held("a/auto-1", 1, NOW - 300, &[]),
+        held("a/auto-2", 1, NOW - 200, &[]),
+        held("a/x", 1, NOW - 400, &[]),
+    ];
+    images[0].remade = true;
+    images[1].remade = true;
+    let policy = Retention {
+        idle: Some(Duration::from_secs(250)),
+        ..none()
+    };
+    assert_eq!(
+        gone(&images, &policy, ROOMY),
+        [("a/auto-1@1".to_owned(), 1)]
+    );
+    let full = Some(Disk {
+        total: 1000,
+        available: 0,
+    });
+    let names: Vec<_> = gone(&images, &none(), full)
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(names, ["a/auto-1@1", "a/auto-2@1"]);
 }
 
 #[test]
@@ -186,7 +216,7 @@ fn images() -> impl Strategy<Value = Vec<Held>> {
     proptest::collection::vec(one, 0..16).prop_map(|rows| {
         let mut all: Vec<Held> = Vec::new();
         let mut seen = HashSet::new();
-        for (namespace, name, generation, used, readable, in_use, packs) in rows {
+        for (namespace, name, generation, used, usable, in_use, packs) in rows {
             if !seen.insert((namespace, name, generation)) {
                 continue;
             }
@@ -198,8 +228,9 @@ fn images() -> impl Strategy<Value = Vec<Held>> {
                 .collect();
             let name = format!("n{namespace}/i{name}");
             let mut image = held(&name, generation + 1, NOW - used * 10, &packs);
-            image.readable = readable;
+            image.usable = usable;
             image.in_use = in_use == 0;
+            image.remade = in_use == 1;
             all.push(image);
         }
         let mut links: HashMap<(u64, u64), u64> = HashMap::new();
@@ -309,7 +340,7 @@ proptest! {
                     let newer = images.iter().filter(|other| {
                         (&other.namespace, &other.name) == (&image.namespace, &image.name)
                             && other.generation > image.generation
-                            && other.readable
+                            && other.usable
                     });
                     prop_assert!(newer.count() >= keep as usize);
                 }
@@ -318,9 +349,10 @@ proptest! {
                     let newer = images.iter().any(|other| {
                         (&other.namespace, &other.name) == (&image.namespace, &image.name)
                             && other.generation > image.generation
-                            && other.readable
+                            && other.usable
+                            && !other.remade
                     });
-                    prop_assert!(policy.idle_newest || !image.readable || newer);
+                    prop_assert!(policy.idle_newest || !image.usable || image.remade || newer);
                 }
                 Reason::NamespaceQuota { quota } => {
                     let of = left.iter().copied().filter(|other| other.namespace == image.namespace);

@@ -174,6 +174,7 @@ impl Request {
             image_digest: self.digest.clone(),
             container: self.container.id.clone(),
             pod: self.container.pod(),
+            warm: false,
         }
     }
 }

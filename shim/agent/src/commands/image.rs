@@ -200,10 +200,11 @@ fn ls(store: &ImageStore, namespace: Option<&Namespace>, json: bool) -> anyhow::
 }
 
 fn cells(found: &Listed) -> [String; 8] {
-    let state = match (&found.manifest, found.in_use) {
-        (Err(_), _) => "refused",
-        (Ok(_), true) => "in use",
-        (Ok(_), false) => "",
+    let state = match (&found.manifest, &found.quarantined, found.in_use) {
+        (Err(_), ..) => "refused",
+        (Ok(_), Some(_), _) => "quarantined",
+        (Ok(_), None, true) => "in use",
+        (Ok(_), None, false) => "",
     };
     let manifest = found.manifest.as_ref().ok();
     let say = |say: fn(&Manifest) -> String| manifest.map_or_else(|| "?".to_owned(), say);
@@ -226,6 +227,7 @@ fn row(found: &Listed) -> serde_json::Value {
         "name": found.name,
         "generation": found.generation,
         "in_use": found.in_use,
+        "quarantined": found.quarantined,
         "bytes": manifest.ok().map(Manifest::total_bytes),
         "created": manifest.ok().map(|manifest| manifest.created),
         "source": manifest.ok().map(|manifest| &manifest.facts.source),

@@ -104,7 +104,56 @@ fn a_sentence_names_key_value_and_what_is_allowed() {
         (&[("rekindle.dev/restore-from", "a@zero")], &["generation"]),
         (
             &[("rekindle.dev/warm-start", "auto")],
-            &["warm-start", "does not have it yet"],
+            &["warm-start", "rekindle.dev/warm-when"],
+        ),
+        (
+            &[("rekindle.dev/warm-start", "always")],
+            &["warm-start", "\"always\"", "auto"],
+        ),
+        (
+            &[("rekindle.dev/warm-when", "after:1s")],
+            &["warm-when", "rekindle.dev/warm-start"],
+        ),
+        (
+            &[
+                ("rekindle.dev/warm-start", "auto"),
+                ("rekindle.dev/warm-when", "ready"),
+            ],
+            &["warm-when", "readiness", "http://:PORT/PATH"],
+        ),
+        (
+            &[
+                ("rekindle.dev/warm-start", "auto"),
+                ("rekindle.dev/warm-when", "http://other:80/"),
+            ],
+            &["warm-when", "write no host"],
+        ),
+        (
+            &[
+                ("rekindle.dev/warm-start", "auto"),
+                ("rekindle.dev/warm-when", "after:1s"),
+                ("rekindle.dev/restore-from", "warm"),
+            ],
+            &["warm-start", "rekindle.dev/restore-from"],
+        ),
+        (
+            &[
+                ("rekindle.dev/warm-start", "auto"),
+                ("rekindle.dev/warm-when", "after:1s"),
+                ("rekindle.dev/warm-ignore-env", "A,,B"),
+            ],
+            &["warm-ignore-env", "POD_NAME,POD_IP"],
+        ),
+        (
+            &[("rekindle.dev/after-restore", "SIGHUP")],
+            &["after-restore", "rekindle.dev/restore-from"],
+        ),
+        (
+            &[
+                ("rekindle.dev/restore-from", "warm"),
+                ("rekindle.dev/after-restore", "SIGKILL"),
+            ],
+            &["after-restore", "SIGKILL", "SIGUSR1", "JSON list"],
         ),
         (&[("rekindle.dev/datasets", "nonsense: [")], &["YAML list"]),
         (
@@ -198,5 +247,78 @@ fn images_of_a_running_container_are_asked_for() {
     ] {
         let said = sentence(pairs);
         assert!(said.contains(words), "{said}");
+    }
+}
+
+#[test]
+fn what_makes_a_container_warm() {
+    for (text, when) in [
+        (
+            "http://:8000/health?deep=1",
+            WarmWhen::Http {
+                port: 8000,
+                path: "/health?deep=1".to_owned(),
+            },
+        ),
+        (
+            "http://:80",
+            WarmWhen::Http {
+                port: 80,
+                path: "/".to_owned(),
+            },
+        ),
+        ("tcp://:65535", WarmWhen::Tcp(65535)),
+        (
+            "file:///tmp/is ready",
+            WarmWhen::File("/tmp/is ready".to_owned()),
+        ),
+        ("after:1m30s", WarmWhen::After(Duration::from_secs(90))),
+    ] {
+        let read: WarmWhen = text.parse().unwrap();
+        assert_eq!(read, when);
+        // As the shim hands it on.
+        assert_eq!(read.to_string().parse(), Ok(when));
+    }
+    for text in [
+        "",
+        "http://",
+        "http://:0/",
+        "http://:8000health",
+        "http://:80/a b",
+        "https://:80/",
+        "tcp://:80/",
+        "tcp://:65536",
+        "file://tmp/x",
+        "file:///",
+        "file:///x/",
+        "file:///a\nb",
+        "after:",
+        "after:10",
+        "8000",
+    ] {
+        assert!(text.parse::<WarmWhen>().is_err(), "{text:?}");
+    }
+}
+
+#[test]
+fn what_a_restored_container_is_told() {
+    let command = |text: &str| text.parse::<AfterRestore>();
+    assert_eq!(command("SIGUSR1"), Ok(AfterRestore::Signal(10)));
+    let words = vec!["/bin/reseed".to_owned(), "a b".to_owned()];
+    assert_eq!(
+        command(r#"["/bin/reseed", "a b"]"#),
+        Ok(AfterRestore::Command(words))
+    );
+    for text in [
+        "",
+        "[]",
+        "[\"\"]",
+        "/bin/reseed",
+        "{}",
+        "10",
+        "- a",
+        "[\"a\\u0000\"]",
+    ] {
+        assert!(command(text).is_err(), "{text:?}");
     }
 }

@@ -9,7 +9,7 @@ use rekindle_checkpoint::{
     ImageError, ImageStore,
     manifest::{DumpFlags, Source},
 };
-use rekindle_core::annotations::CheckpointRequest as Wanted;
+use rekindle_core::{annotations::CheckpointRequest as Wanted, name::ImageName};
 
 use super::{Container, lock};
 use crate::{
@@ -23,6 +23,14 @@ use crate::{
 
 /// Generations of an image that stay. Two, so that there is one while the newest may turn out to be useless.
 const KEPT: usize = 2;
+
+/// An image that a container is to have of itself.
+#[derive(Debug)]
+pub(super) struct Wish {
+    pub(super) name: ImageName,
+    /// What is known of where it comes from; the container image is asked for where it is not.
+    pub(super) source: Source,
+}
 
 /// Where a container is on its way from a SIGTERM to hearing of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,7 +98,11 @@ impl Container {
 
     async fn image(self: &Arc<Self>, why: &str) {
         let Some(wanted) = self.wanted() else { return };
-        match self.make_image(wanted).await {
+        let wish = Wish {
+            name: wanted.name.clone(),
+            source: Source::default(),
+        };
+        match self.make_image(wish).await {
             Ok(image) => tracing::info!(id = self.fixed.id, why, image, "image made"),
             Err(error) => {
                 tracing::warn!(
@@ -103,20 +115,18 @@ impl Container {
         }
     }
 
-    async fn make_image(self: &Arc<Self>, wanted: &Wanted) -> Result<String, Error> {
+    /// Makes one; its reference.
+    pub(super) async fn make_image(self: &Arc<Self>, wish: Wish) -> Result<String, Error> {
         let cannot = |error: ImageError| PhaseError::CannotCheckpoint {
             id: self.fixed.id.clone(),
             reason: sentence(&error),
         };
         let container = container_image::ask(&self.fixed).await.unwrap_or_default();
-        let source = Source {
-            image_ref: container.reference,
-            image_digest: container.digest,
-            ..Source::default()
-        };
+        let Wish { name, mut source } = wish;
+        source.image_ref = source.image_ref.or(container.reference);
+        source.image_digest = source.image_digest.or(container.digest);
         let root = self.fixed.shared.node.images.root.clone();
         let namespace = self.fixed.plan.identity.namespace.clone();
-        let name = wanted.name.clone();
         let begun = blocking(move || {
             let store = ImageStore::open(&root)?;
             let request = store.begin(&namespace, &name, source)?;

@@ -11,6 +11,7 @@ use crate::{
     phases::{
         PhaseError,
         restore::{self, Loading, Restored},
+        warm,
     },
     sys,
 };
@@ -28,8 +29,8 @@ pub(super) struct Restoring {
 }
 
 impl Container {
-    /// What a start does for a container that was created from an image.
-    pub(super) async fn restore(self: &Arc<Self>) -> Result<(), Error> {
+    /// What a start does for a container that was created from an image. Whether it was restored, and not started cold.
+    pub(super) async fn restore(self: &Arc<Self>) -> Result<bool, Error> {
         let taken = (lock(&self.source).take(), lock(&self.io).take());
         let (Some(source), Some(mut io)) = taken else {
             // A restore that failed: what it left behind is not tried again.
@@ -41,6 +42,7 @@ impl Container {
                 restoring.runc = pid;
             }
         };
+        let mut was_restored = true;
         let mut restored = restore::run(&self.fixed, &mut io, source, running).await;
         let plan = self.fixed.plan.restore.as_ref();
         if let Err(error) = &restored
@@ -48,6 +50,8 @@ impl Container {
             && plan.is_some_and(|plan| plan.policy == Policy::Opportunistic)
         {
             tracing::warn!(id = self.fixed.id, %error, "starting cold: the restore policy is Opportunistic");
+            warm::failed(&self.fixed, error).await;
+            was_restored = false;
             let cold = restore::cold(&self.fixed, &mut io).await;
             restored = cold.map(|(pid, exit)| Restored {
                 pid,
@@ -85,7 +89,7 @@ impl Container {
                 }
             });
         }
-        Ok(())
+        Ok(was_restored)
     }
 
     fn kill_asked(&self) -> Option<u32> {

@@ -11,7 +11,7 @@ use std::{
 use containerd_shim_protos::api::CreateTaskRequest;
 use rekindle_core::{identity::Role, plan::Plan};
 
-use super::{restore::Source, step};
+use super::{restore::Source, step, warm};
 use crate::{
     bundle::{self, CRIU_CONFIG, INIT_PID, Remembered, Spec},
     context::{Fixed, Shared},
@@ -89,12 +89,13 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
         id: id.clone(),
         exits: shared.exits.clone(),
     };
-    let fixed = Fixed {
+    let mut fixed = Fixed {
         staged: Mutex::default(),
         cgroup: spec.text("/linux/cgroupsPath").map(str::to_owned),
         gpu_devices: spec.gpu_devices(),
         shares_pids: !spec.has_namespace("pid") || spec.namespace_path("pid").is_some(),
-        _datasets: mounts,
+        datasets: mounts,
+        warm: None,
         rootfs: Rootfs::new(&bundle, request.rootfs.clone()),
         shared: shared.clone(),
         id,
@@ -104,6 +105,10 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
         runc,
         criu,
     };
+    fixed.warm = warm::choose(&fixed, &spec).await;
+    if let Some(restore) = fixed.warm.as_ref().and_then(warm::Warm::restore) {
+        fixed.plan.restore = Some(restore);
+    }
     let prepare = ProcessIo::prepare(streams, fixed.owner(&fixed.id));
     let (mut io, theirs) = step(&fixed.id, "streams", prepare).await?;
     match build(&fixed, &spec, &request, began, &mut io, theirs).await {

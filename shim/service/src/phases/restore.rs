@@ -6,6 +6,7 @@
 mod hostname;
 mod image;
 mod loading;
+mod told;
 
 use std::{
     path::{Path, PathBuf},
@@ -24,7 +25,7 @@ pub(crate) use loading::{Loading, end_orphaned as end_orphaned_pager};
 use super::{
     PhaseError,
     create::{add_common, launch},
-    step,
+    step, warm,
 };
 use crate::{
     bundle::{INIT_PID, Spec},
@@ -110,6 +111,7 @@ impl Source {
                 Ok((image, lazily)) => Ok(Some(Self::new(Images::Ours { image, lazily }))),
                 Err(error) if plan.policy == Policy::Opportunistic => {
                     tracing::warn!(id = fixed.id, %error, "starting cold: the restore policy is Opportunistic");
+                    warm::failed(fixed, &error).await;
                     fixed.take_back().await?;
                     Ok(None)
                 }
@@ -161,7 +163,7 @@ fn late(fixed: &Fixed, what: &str) -> Error {
     let reason = format!(
         "{what} within the {budget} s that create and start have together (deadlines.container)"
     );
-    PhaseError::CannotRestore {
+    PhaseError::TooLate {
         id: fixed.id.clone(),
         reason,
     }
@@ -181,7 +183,7 @@ fn refuse(id: &str, spec: &Spec, request: &CreateTaskRequest) -> Result<(), Erro
     } else {
         return Ok(());
     };
-    Err(PhaseError::CannotRestore {
+    Err(PhaseError::CannotRestoreHere {
         id: id.to_owned(),
         reason: reason.to_owned(),
     }
@@ -243,6 +245,7 @@ async fn start(
     if left.is_zero() {
         return Err(late(fixed, "nothing was restored"));
     }
+    let began = Instant::now();
     let spec = Spec::read(&fixed.bundle)?;
     fixed.criu.write(Purpose::Restore(images.flags()))?;
     let pid_file = fixed.bundle.join(INIT_PID);
@@ -315,6 +318,13 @@ async fn start(
         Ok((pid, exit))
     })
     .await;
+    let restored = match restored {
+        Ok((pid, exit)) => {
+            let told = told::tell(fixed, &spec, pid, left.saturating_sub(began.elapsed())).await;
+            told.map(|()| (pid, exit))
+        }
+        error => error,
+    };
     if restored.is_err()
         && let Err(error) = name.give_back().await
     {

@@ -11,6 +11,8 @@ use serde::Serialize;
 #[derive(Debug, Serialize)]
 pub(super) struct Shown<'a> {
     restore: Restore,
+    #[serde(rename = "warm-start")]
+    warm_start: WarmStart,
     deadlines: Deadlines,
     images: Images<'a>,
     datasets: Datasets<'a>,
@@ -19,6 +21,13 @@ pub(super) struct Shown<'a> {
 #[derive(Debug, Serialize)]
 struct Restore {
     paging: Paging,
+}
+
+#[derive(Debug, Serialize)]
+struct WarmStart {
+    within: String,
+    early: String,
+    failures: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -33,6 +42,7 @@ struct Deadlines {
 struct Images<'a> {
     root: &'a Path,
     compression: Compression,
+    precopy: bool,
     retention: Retention,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     key: &'a [ImageKey],
@@ -70,6 +80,11 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
             restore: Restore {
                 paging: config.restore.paging,
             },
+            warm_start: WarmStart {
+                within: duration(config.warm_start.within),
+                early: duration(config.warm_start.early),
+                failures: config.warm_start.failures,
+            },
             deadlines: Deadlines {
                 sandbox_data: duration(config.deadlines.sandbox_data),
                 container: duration(config.deadlines.container),
@@ -78,6 +93,7 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
             images: Images {
                 root: &config.images.root,
                 compression: config.images.compression,
+                precopy: config.images.precopy,
                 retention: Retention {
                     keep: config.images.retention.keep,
                     idle: config.images.retention.idle.map(duration),
@@ -115,6 +131,10 @@ mod tests {
         const EVERY_KEY: &str = r#"
             [restore]
             paging = "eager"
+            [warm-start]
+            within = "5m"
+            early = "10s"
+            failures = 2
             [deadlines]
             sandbox-data = "3m"
             container = "80s"
@@ -122,6 +142,7 @@ mod tests {
             [images]
             root = "/srv/images"
             compression = "lz4"
+            precopy = false
             export = [{ namespace = "team-a", name = "warm", to = ["team-b"] }]
             [images.retention]
             keep = 2

@@ -51,10 +51,17 @@ pub(super) fn run(
     if json {
         let mut whole = serde_json::to_value(image.manifest())?;
         whole["contents"] = told.as_ref().map_or(Value::Null, contents);
+        let record = store.warm_record(&namespace, &which.image.name);
+        whole["quarantined"] = json!(record.quarantined(image.generation()));
+        whole["kind"] = json!(record.kind);
         whole["packs_shared_with"] = serde_json::to_value(&sharing)?;
         output::json(&whole)?;
     } else {
         describe(&image, &sharing);
+        let record = store.warm_record(&namespace, &which.image.name);
+        if let Some(why) = record.quarantined(image.generation()) {
+            line("in quarantine", why);
+        }
         if let Some(told) = &told {
             describe_contents(told);
         }

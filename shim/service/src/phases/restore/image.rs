@@ -163,7 +163,11 @@ async fn stage(
     };
     if fixed.rootfs.was_written() {
         let reason = "its writable layer is not empty: it ran before; restore into a new container";
-        return Err(cannot(reason.to_owned()).into());
+        return Err(PhaseError::CannotRestoreHere {
+            id: fixed.id.clone(),
+            reason: reason.to_owned(),
+        }
+        .into());
     }
     fixed.staged().upper = true;
     let upper = fixed.rootfs.upper_layer();
