@@ -34,6 +34,10 @@ use serde::Serialize;
 /// makes it do neither.
 pub const FREE_PERCENT: u64 = 20;
 
+/// How long an image that containers make anew stays all the same where the disk is full and no quota was set, in
+/// seconds: it would be made again at the next start, and a container stopped for that.
+const IN_DEMAND: u64 = 24 * 3600;
+
 /// A file of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeldFile {
@@ -176,7 +180,8 @@ pub fn plan(images: &[Held], policy: &Retention, disk: Option<Disk>, now: u64) -
         // Who has filled the disk may be somebody else. What new containers start from goes only where a person has
         // said so.
         let spare_newest = policy.quota.is_none() && !policy.idle_newest;
-        let newest = newest(images);
+        let in_demand = |image: &Held| now.saturating_sub(image.last_used) < IN_DEMAND;
+        let newest = newest(images, |image| !image.remade || in_demand(image));
         for image in &order {
             if ledger.used > quota && !(spare_newest && newest[*image]) {
                 ledger.remove(*image, Reason::Quota { quota });
@@ -219,7 +224,7 @@ fn superseded(images: &[Held], keep: u32) -> Vec<usize> {
 
 /// What was not used for so long, the longest first.
 fn idlers(images: &[Held], idle: Duration, newest_too: bool, now: u64) -> Vec<usize> {
-    let newest = newest(images);
+    let newest = newest(images, |image| !image.remade);
     let mut order = least_recently_used(images);
     order.retain(|image| {
         now.saturating_sub(images[*image].last_used) >= idle.as_secs()
@@ -228,15 +233,14 @@ fn idlers(images: &[Held], idle: Duration, newest_too: bool, now: u64) -> Vec<us
     order
 }
 
-/// Whether each is the newest generation of its name that is of use, and that nobody would make anew.
-fn newest(images: &[Held]) -> Vec<bool> {
+/// Whether each is the newest generation of its name that is of use, where such a one is to stay.
+fn newest(images: &[Held], stays: impl Fn(&Held) -> bool) -> Vec<bool> {
     let mut newest = vec![false; images.len()];
     for generations in by_name(images).values() {
-        let mut newest_first = generations.iter().rev();
-        if let Some(image) =
-            newest_first.find(|image| images[**image].usable && !images[**image].remade)
-        {
-            newest[*image] = true;
+        let newest_first = generations.iter().rev();
+        let mut usable = newest_first.filter(|image| images[**image].usable);
+        if let Some(image) = usable.next() {
+            newest[*image] = stays(&images[*image]);
         }
     }
     newest

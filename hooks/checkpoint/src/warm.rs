@@ -9,7 +9,10 @@
 
 use std::fs;
 
-use rekindle_core::name::{ImageName, Namespace};
+use rekindle_core::{
+    config::Retention,
+    name::{ImageName, Namespace},
+};
 use rekindle_store::{Lock, write_file};
 
 use crate::image::{ImageError, ImageStore};
@@ -72,9 +75,13 @@ impl WarmImages {
         (&self.namespace, &self.name)
     }
 
-    /// Where they lie.
-    pub fn store(&self) -> &ImageStore {
-        &self.store
+    /// Makes room for the next kinds, but not of the newest image of this one: it has just been made. What was removed.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn make_room(&self, rules: &Retention) -> Result<Vec<String>, ImageError> {
+        let _lease = self.store.resolve(&self.namespace, &self.name, None)?;
+        self.store.make_room(rules)
     }
 
     /// The newest generation that may be used.

@@ -64,7 +64,9 @@ pub(crate) async fn an_image_is_shown(stage: &Stage) -> Result<()> {
     );
     let told = manifest.as_object_mut().context("no object")?;
     let contents = told.remove("contents").context("no contents")?;
-    told.remove("packs_shared_with");
+    for beside in ["packs_shared_with", "quarantined", "kind"] {
+        told.remove(beside).context(beside)?;
+    }
     let memory = contents["memory"].as_array().context("no memory")?;
     let stack = memory.iter().find(|of| of["kind"] == "stack");
     let stack = stack.context("the counter has no stack")?;

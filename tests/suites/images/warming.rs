@@ -188,23 +188,23 @@ pub(crate) async fn of_many_at_once_one_makes_it(stage: &Stage) -> Result<()> {
 
 pub(crate) async fn it_is_told_after_its_restore(stage: &Stage) -> Result<()> {
     let line = "trap 'echo reseeded' USR1; while :; do sleep 0.05; done";
-    let task = stage.container("told").shell(line).run().await?;
+    let task = stage.container("hinted").shell(line).run().await?;
     shell(&task, "settle", "true").await?;
-    stage.checkpoint("told", "told", &[]).await?;
+    stage.checkpoint("hinted", "hinted", &[]).await?;
     task.remove().await?;
     let from = |id: &str| {
         stage
             .container(id)
             .shell(line)
-            .annotation(RESTORE_FROM, "told")
+            .annotation(RESTORE_FROM, "hinted")
     };
-    let signalled = from("told-2").annotation(AFTER, "SIGUSR1").run().await?;
+    let signalled = from("hinted-2").annotation(AFTER, "SIGUSR1").run().await?;
     let heard = |text: &str| text.contains("reseeded");
     signalled.io().out()?.until("its word", heard).await?;
     signalled.remove().await?;
     // With the environment of the new container, and done when the start is.
     let command = r#"["sh", "-c", "echo $WHO > /told"]"#;
-    let ran = from("told-3")
+    let ran = from("hinted-3")
         .env("WHO=new")
         .annotation(AFTER, command)
         .run()
@@ -212,14 +212,15 @@ pub(crate) async fn it_is_told_after_its_restore(stage: &Stage) -> Result<()> {
     assert_eq!(shell(&ran, "cat", "cat /told").await?, "new");
     ran.remove().await?;
     // One that fails is a restore that failed.
-    let failing = from("told-4").annotation(AFTER, r#"["sh", "-c", "exit 4"]"#);
+    let failing = from("hinted-4").annotation(AFTER, r#"["sh", "-c", "exit 4"]"#);
     let (task, created) = failing.try_create().await?;
     created.ok().context("it is told at its start")?;
     let refusal = task.start().await.err().context("it was started")?;
     one_sentence(&refusal, &["after-restore", "\"sh\""])?;
+    task.delete().await?;
+    stage.node.is_rid_of("hinted-4").await?;
     task.remove().await?;
-    stage.node.is_rid_of("told-4").await?;
-    let cold = from("told-5")
+    let cold = from("hinted-5")
         .annotation(AFTER, r#"["/absent"]"#)
         .annotation(POLICY, "Opportunistic");
     let cold = cold.run().await?;

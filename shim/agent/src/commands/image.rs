@@ -103,7 +103,8 @@ enum ImageCommand {
     Show {
         #[command(flatten)]
         which: Which,
-        /// Print the manifest as one line of JSON, with `contents` beside it.
+        /// Print the manifest as one line of JSON, with `contents`, `packs_shared_with`, `quarantined` and `kind`
+        /// beside it.
         #[arg(long)]
         json: bool,
     },

@@ -152,11 +152,8 @@ impl Container {
 
     /// Each version of a container image makes a kind of its own, and nobody removes the old ones' images by hand.
     async fn make_room(&self, warm: &Warm) {
-        let (store, rules) = (
-            warm.images.store().clone(),
-            self.fixed.shared.node.images.retention,
-        );
-        match blocking(move || store.make_room(&rules)).await {
+        let (images, rules) = (warm.images.clone(), self.fixed.shared.node.images.retention);
+        match blocking(move || images.make_room(&rules)).await {
             Ok(Ok(removed)) if removed.is_empty() => {}
             Ok(Ok(removed)) => tracing::info!(images = removed.join(", "), "removed to make room"),
             Ok(Err(error)) => tracing::warn!(error = sentence(&error), "making room"),
