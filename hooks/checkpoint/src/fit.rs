@@ -119,9 +119,27 @@ pub enum Difference {
     Task(#[from] credentials::TaskDifference),
 }
 
+impl Difference {
+    /// Whether it is of the host, and harms nobody but the restored processes themselves.
+    fn is_of_the_host(&self) -> bool {
+        matches!(
+            self,
+            Self::CpuFlags(_) | Self::Kernel { .. } | Self::Criu { .. }
+        )
+    }
+}
+
 /// Why an image is not restored here: every difference at once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Misfit(pub Vec<Difference>);
+
+impl Misfit {
+    /// What is left of it for somebody who takes the host as it is.
+    pub fn beyond_the_host(mut self) -> Option<Self> {
+        self.0.retain(|difference| !difference.is_of_the_host());
+        (!self.0.is_empty()).then_some(self)
+    }
+}
 
 impl std::error::Error for Misfit {}
 

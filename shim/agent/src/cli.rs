@@ -35,6 +35,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Make a named image of a running container.
     Checkpoint(commands::checkpoint::CheckpointArgs),
+    /// Start another container like one that there is from an image.
+    Restore(commands::restore::RestoreArgs),
     /// List, show, verify and remove images.
     Image(commands::image::ImageArgs),
     /// Fetch a dataset into this node's cache, and wait until it is there.

@@ -16,6 +16,7 @@ pub(crate) mod doctor;
 pub(crate) mod image;
 pub(crate) mod pager;
 pub(crate) mod prefetch;
+pub(crate) mod restore;
 pub(crate) mod userfaultfd;
 
 /// Runs what was asked for. The configuration is read only by the commands that obey it, so that a
@@ -24,6 +25,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let config = || config::load(cli.config.as_deref());
     match cli.command {
         Command::Checkpoint(args) => checkpoint::run(args, &config()?).await,
+        Command::Restore(args) => restore::run(args, &config()?).await,
         Command::Image(args) => image::run(args, &config()?).await,
         Command::Prefetch(args) => prefetch::run(args, &config()?).await,
         Command::Dataset(args) => dataset::run(args, &config()?).await,

@@ -17,6 +17,7 @@ use prost_types::Any;
 
 use crate::exit::Failure;
 
+mod make;
 pub(crate) mod select;
 pub(crate) mod shim;
 

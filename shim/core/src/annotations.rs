@@ -83,6 +83,8 @@ pub struct PodRequest {
     pub restore_from: Option<ImageRef>,
     /// What a missing or unfit image means.
     pub restore_policy: Policy,
+    /// Whether a host that differs from the image's is no reason to refuse it.
+    pub restore_force: bool,
     /// The images to make.
     pub checkpoint: Option<CheckpointRequest>,
     /// An image of its own kind to start from, or to make.
@@ -146,6 +148,7 @@ const KEYS: &[&str] = &[
     "dataset-mount",
     "dataset-policy",
     "datasets",
+    "restore-force",
     "restore-from",
     "restore-policy",
     "warm-ignore-env",
@@ -277,6 +280,18 @@ impl PodRequest {
                 });
             }
         }
+        request.restore_force = match (get("restore-force"), &request.restore_from) {
+            (None, _) => false,
+            (Some("host"), Some(_)) => true,
+            (Some("host"), None) => {
+                let key = format!("{PREFIX}restore-force");
+                return Err(AnnotationError::Alone {
+                    key,
+                    needs: "rekindle.dev/restore-from",
+                });
+            }
+            (Some(value), _) => return Err(wrong("restore-force", value, "allowed is host")),
+        };
         request.checkpoint = checkpoint(get, request.restore_from.as_ref())?;
         (request.warm, request.after_restore) = warm::parse(get, request.restore_from.as_ref())?;
         Ok(request)

@@ -24,6 +24,8 @@ pub struct RestorePlan {
     pub generation: Option<u64>,
     /// What a missing or unfit image means.
     pub policy: Policy,
+    /// Whether a host that differs from the image's is no reason to refuse it.
+    pub force: bool,
 }
 
 /// What one container gets.
@@ -114,6 +116,7 @@ impl Plan {
                     name: image.name,
                     generation: image.generation,
                     policy: request.restore_policy,
+                    force: request.restore_force,
                 });
             }
         }

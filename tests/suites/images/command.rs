@@ -8,7 +8,7 @@ use std::fs;
 use std::process::Output;
 
 /// Asserts that a command ended with `code` and one line on stderr that has all of `words`.
-fn fails(output: &Output, code: i32, words: &[&str]) -> Result<()> {
+pub(crate) fn fails(output: &Output, code: i32, words: &[&str]) -> Result<()> {
     assert_eq!(output.status.code(), Some(code), "{output:?}");
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(

@@ -9,6 +9,7 @@ mod damaged;
 mod heap;
 mod imaging;
 mod interrupted;
+mod like;
 mod pods;
 mod refused;
 mod sealed;
@@ -131,6 +132,11 @@ images! {
             an_image_is_removed
             a_damaged_image_is_told
             no_image_is_made_of_a_container_that_is_missing
+        }
+        like {
+            a_container_like_another_one_goes_on_from_its_image
+            what_cannot_be_made_leaves_nothing
+            another_host_is_named_and_may_be_forced
         }
         sealed {
             without_a_key_it_is_in_clear

@@ -145,6 +145,17 @@ fn a_sentence_names_key_value_and_what_is_allowed() {
             &["warm-ignore-env", "POD_NAME,POD_IP"],
         ),
         (
+            &[("rekindle.dev/restore-force", "host")],
+            &["restore-force", "rekindle.dev/restore-from"],
+        ),
+        (
+            &[
+                ("rekindle.dev/restore-from", "warm"),
+                ("rekindle.dev/restore-force", "all"),
+            ],
+            &["restore-force", "\"all\"", "host"],
+        ),
+        (
             &[("rekindle.dev/after-restore", "SIGHUP")],
             &["after-restore", "rekindle.dev/restore-from"],
         ),

@@ -61,6 +61,7 @@ impl Warm {
             name: name.clone(),
             generation: Some(generation),
             policy: Policy::Opportunistic,
+            force: false,
         })
     }
 

@@ -65,14 +65,17 @@ async fn fitting(
     let ((image, tasks), lazily) = (image?, lazily?);
     let host = host.map_err(cannot)?;
     let facts = &image.manifest().facts;
-    fit(
-        facts,
-        &tasks,
-        &host,
-        &container_facts(&spec.parsed()?),
-        digest.as_deref(),
-    )
-    .map_err(|misfit| cannot(format!("image {}: {misfit}", image.reference())))?;
+    let container = container_facts(&spec.parsed()?);
+    if let Err(misfit) = fit(facts, &tasks, &host, &container, digest.as_deref()) {
+        let refused = match plan.force {
+            true => misfit.clone().beyond_the_host(),
+            false => Some(misfit.clone()),
+        };
+        if let Some(misfit) = refused {
+            return Err(cannot(format!("image {}: {misfit}", image.reference())).into());
+        }
+        tracing::warn!(id = fixed.id, %misfit, "restoring all the same: restore-force is host");
+    }
     let image = match lazily {
         true => image,
         false => step(&fixed.id, "read pages", eagerly(fixed, image)).await?,
