@@ -51,9 +51,9 @@ pub struct Source {
     pub container: String,
     /// `<namespace>/<name>` of its pod.
     pub pod: Option<String>,
-    /// Whether a container made it for others of its [kind](crate::warm).
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub warm: bool,
+    /// The hash of its [kind](crate::warm), where a container made it for others of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm: Option<String>,
 }
 
 /// The machine and the programs that made an image, or that shall restore one.

@@ -4,8 +4,9 @@
 //!  Kind ──name──▶ the images NAMESPACE/auto-CONTAINER-KEY ──┬─ one that may be used ─▶ restore ─ fails ─▶ quarantine
 //!                                                           └─ none ─▶ cold start ─ warm ─▶ Making ─▶ image
 //! ```
-//! What decides whether two containers are of one [`Kind`] is hashed into the name of their images: to find one is to
-//! look at one folder. What became of containers that started from them is in a [`Record`] beside them.
+//! What decides whether two containers are of one [`Kind`] is hashed into the name of their images, and all of the hash
+//! is in their manifests: to find one is to look at one folder. What became of containers that started from them is in
+//! a [`Record`] beside them.
 
 use std::fs;
 
@@ -15,13 +16,17 @@ use rekindle_core::{
 };
 use rekindle_store::{Lock, write_file};
 
-use crate::image::{ImageError, ImageStore};
+use crate::{
+    image::{Evicted, ImageError, ImageStore},
+    retention::Held,
+};
 
 mod kind;
 mod record;
 
 pub use kind::{Kind, Surroundings};
-pub use record::{Fate, MAX_QUARANTINED, Record};
+pub use record::{End, Fate, MAX_USELESS, Record};
+pub use rekindle_core::name::WARM_PREFIX as PREFIX;
 
 /// Beside the generations of a name; see [`Record`].
 const RECORD: &str = ".warm.json";
@@ -31,6 +36,9 @@ const RECORD_LOCK: &str = ".warm.lock";
 const MAKING_LOCK: &str = ".making.lock";
 /// Most bytes of a record that are read. Each generation has a sentence, and each of a kind's parts a few words.
 const MAX_RECORD: u64 = 4 << 20;
+/// Kinds of one container in a namespace that have images: versions that are rolled out beside each other. A container
+/// that makes a kind of its own with every start would fill the disk.
+const MAX_KINDS: usize = 8;
 
 /// The images of one kind of containers.
 #[derive(Debug, Clone)]
@@ -38,6 +46,8 @@ pub struct WarmImages {
     store: ImageStore,
     namespace: Namespace,
     name: ImageName,
+    kind: Kind,
+    hash: String,
 }
 
 /// The right to make an image, which one container of a kind has at a time.
@@ -53,21 +63,26 @@ pub enum NotMade {
     /// Another one is about to.
     #[error("another container is making one")]
     Busy,
-    /// Those that were made were of no use.
+    /// The kubelet would evict pods to make room.
+    #[error("the disk has less than {0} % free (warm-start.min-free)")]
+    NoRoom(u8),
+    /// Those that were made were of no use, or none can be made.
     #[error(
-        "{MAX_QUARANTINED} images of this kind were put into quarantine, and no more are made; look at why (`rekindle image show`), and remove them (`rekindle image rm`) to try again"
+        "{MAX_USELESS} images of this kind in a row were put into quarantine, or could not be made; look at why (`rekindle image show`, the shim's log), and remove what is known of them (`rekindle image rm`) to try again"
     )]
     Hopeless,
 }
 
 impl WarmImages {
-    /// Those of this name in a store.
-    pub fn new(store: ImageStore, namespace: Namespace, name: ImageName) -> Self {
-        Self {
+    /// Those of a kind in a store; none where the container's name cannot be part of theirs.
+    pub fn of(store: ImageStore, namespace: Namespace, kind: Kind) -> Option<Self> {
+        Some(Self {
             store,
             namespace,
-            name,
-        }
+            name: kind.image_name()?,
+            hash: kind.hash(),
+            kind,
+        })
     }
 
     /// Their namespace and name.
@@ -75,26 +90,31 @@ impl WarmImages {
         (&self.namespace, &self.name)
     }
 
-    /// Makes room for the next kinds, but not of the newest image of this one: it has just been made. What was removed.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn make_room(&self, rules: &Retention) -> Result<Vec<String>, ImageError> {
-        let _lease = self.store.resolve(&self.namespace, &self.name, None)?;
-        self.store.make_room(rules)
+    /// What their containers have in common.
+    pub fn kind(&self) -> &Kind {
+        &self.kind
     }
 
-    /// The newest generation that may be used.
+    /// What their manifests have of that.
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    /// The newest generation that may be used: whole, of this kind by its manifest and not by its name only, and not in
+    /// quarantine.
     ///
     /// # Errors
     /// What the file system says.
     pub fn usable(&self) -> Result<Option<u64>, ImageError> {
         let record = self.record();
         let all = self.store.generations(&self.namespace, &self.name)?;
-        Ok(all
-            .into_iter()
-            .rev()
-            .find(|generation| record.may_use(*generation)))
+        let is_of_kind = |generation: u64| {
+            let manifest = self.store.manifest(&self.namespace, &self.name, generation);
+            manifest.is_ok_and(|manifest| manifest.facts.source.warm.as_ref() == Some(&self.hash))
+        };
+        Ok(all.into_iter().rev().find(|generation| {
+            record.quarantined(*generation).is_none() && is_of_kind(*generation)
+        }))
     }
 
     /// What is known of them. One that cannot be read is as none: it keeps images from being used, and decides nothing
@@ -103,22 +123,28 @@ impl WarmImages {
         self.store.warm_record(&self.namespace, &self.name)
     }
 
-    /// Notes a restore that failed: its image is used by no one any more. `why` is a sentence.
+    /// Notes an image that is damaged: it is used by no one any more. `why` is a sentence.
     ///
     /// # Errors
     /// What the file system says.
-    pub fn failed(&self, generation: u64, why: &str) -> Result<(), ImageError> {
-        self.change(|record| record.fate(generation).quarantine(why))
+    pub fn is_bad(&self, generation: u64, why: &str) -> Result<(), ImageError> {
+        self.change(|record| record.quarantine(generation, why))
     }
 
-    /// Notes a restored container that ended by itself too soon. At `most` times its image is used by no one any more;
-    /// says whether that is so now.
+    /// Notes a container that could not be restored, or ended too soon. At `failures` in a row its image is used by no
+    /// one any more; says whether that is so now.
     ///
     /// # Errors
     /// What the file system says.
-    pub fn ended_early(&self, generation: u64, why: &str, most: u32) -> Result<bool, ImageError> {
+    pub fn ended_early(
+        &self,
+        generation: u64,
+        why: &str,
+        end: End,
+        failures: u32,
+    ) -> Result<bool, ImageError> {
         let mut quarantined = false;
-        self.change(|record| quarantined = record.fate(generation).ended_early(why, most))?;
+        self.change(|record| quarantined = record.ended_early(generation, why, end, failures))?;
         Ok(quarantined)
     }
 
@@ -127,18 +153,37 @@ impl WarmImages {
     /// # Errors
     /// What the file system says.
     pub fn went_on(&self, generation: u64) -> Result<(), ImageError> {
-        // Mostly there is nothing to forget.
-        if self.record().early(generation) == 0 {
-            return Ok(());
+        match self.record().is_clean(generation) {
+            true => Ok(()),
+            false => self.change(|record| record.went_on(generation)),
         }
-        self.change(|record| record.fate(generation).went_on())
     }
 
-    /// The right to make an image, where one is wanted.
+    /// Notes a container of which no image could be made.
     ///
     /// # Errors
     /// What the file system says.
-    pub fn make(&self) -> Result<Result<Making, NotMade>, ImageError> {
+    pub fn not_made(&self) -> Result<(), ImageError> {
+        self.change(|record| record.unmade = record.unmade.saturating_add(1))
+    }
+
+    /// Notes that one was made. With `describe` also of what kind the containers are, for whoever asks why another one has
+    /// no part in it.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn made(&self, describe: bool) -> Result<(), ImageError> {
+        self.change(|record| {
+            record.unmade = 0;
+            record.kind = describe.then(|| self.kind.clone());
+        })
+    }
+
+    /// The right to make an image, where one is wanted and the disk has `min_free` percent free.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn make(&self, min_free: u8) -> Result<Result<Making, NotMade>, ImageError> {
         let home = self.store.home(&self.namespace, &self.name)?;
         let Some(making) = Lock::try_acquire(&home.join(MAKING_LOCK))? else {
             return Ok(Err(NotMade::Busy));
@@ -147,46 +192,78 @@ impl WarmImages {
         if self.usable()?.is_some() {
             return Ok(Err(NotMade::Exists));
         }
-        Ok(match self.record().is_hopeless() {
-            true => Err(NotMade::Hopeless),
-            false => Ok(Making(making)),
-        })
+        if self.record().is_hopeless() {
+            return Ok(Err(NotMade::Hopeless));
+        }
+        let disk = self.store.disk()?;
+        if disk.available < disk.total / 100 * u64::from(min_free) {
+            return Ok(Err(NotMade::NoRoom(min_free)));
+        }
+        Ok(Ok(Making(making)))
     }
 
-    /// Writes down what kind of container the images are of, for whoever asks why another one has no part in them.
+    /// In what the kind differs from the nearest one of the same container in this namespace; none where there is none.
     ///
     /// # Errors
     /// What the file system says.
-    pub fn describe(&self, kind: &Kind) -> Result<(), ImageError> {
-        self.change(|record| record.kind = Some(kind.clone()))
-    }
-
-    /// In what `kind` differs from the kind of the newest images of the same container in this namespace; none where
-    /// there are none.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn nearest(&self, kind: &Kind) -> Result<Option<(ImageName, Vec<String>)>, ImageError> {
+    pub fn nearest(&self) -> Result<Option<(ImageName, Vec<String>)>, ImageError> {
         let mut nearest: Option<(ImageName, Vec<String>)> = None;
-        for name in self.store.names(&self.namespace)? {
-            if name == self.name {
-                continue;
-            }
+        for name in self.family()? {
             let Some(other) = self.store.warm_record(&self.namespace, &name).kind else {
                 continue;
             };
-            if other.container != kind.container {
-                continue;
-            }
-            let differences = kind.differences(&other);
-            if nearest
-                .as_ref()
-                .is_none_or(|(_, best)| differences.len() < best.len())
-            {
+            let differences = self.kind.differences(&other);
+            let best = nearest.as_ref().map_or(usize::MAX, |(_, best)| best.len());
+            if differences.len() < best {
                 nearest = Some((name, differences));
             }
         }
         Ok(nearest)
+    }
+
+    /// Makes room for the next ones: of this container's kinds those go that were not used for longest, and of all kinds
+    /// what the rules say. Not the newest image of this one: it has just been made. What was removed.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn make_room(&self, rules: &Retention) -> Result<Vec<String>, ImageError> {
+        let _lease = self.store.resolve(&self.namespace, &self.name, None)?;
+        let mut removed = Vec::new();
+        let family = self.family()?;
+        let mut others: Vec<(u64, ImageName, Vec<Held>)> = Vec::new();
+        for image in self.store.inventory(Some(&self.namespace))? {
+            if !family.contains(&image.name) {
+                continue;
+            }
+            match others.iter_mut().find(|(_, name, _)| *name == image.name) {
+                Some((used, _, images)) => {
+                    *used = image.last_used.max(*used);
+                    images.push(image);
+                }
+                None => others.push((image.last_used, image.name.clone(), vec![image])),
+            }
+        }
+        others.sort_by_key(|(used, ..)| std::cmp::Reverse(*used));
+        for (_, name, images) in others.into_iter().skip(MAX_KINDS - 1) {
+            for image in &images {
+                if let Evicted::Freed(_) = self.store.evict(image)? {
+                    removed.push(format!("{}/{name}@{}", self.namespace, image.generation));
+                }
+            }
+            if self.store.generations(&self.namespace, &name)?.is_empty() {
+                self.store.forget_warm(&self.namespace, &name)?;
+            }
+        }
+        removed.extend(self.store.make_room(rules)?);
+        Ok(removed)
+    }
+
+    /// The names of the other kinds of this container.
+    fn family(&self) -> Result<Vec<ImageName>, ImageError> {
+        let family = self.kind.family();
+        let mut names = self.store.names(&self.namespace)?;
+        names.retain(|name| *name != self.name && name.as_str().starts_with(&family));
+        Ok(names)
     }
 
     fn change(&self, change: impl FnOnce(&mut Record)) -> Result<(), ImageError> {
@@ -212,18 +289,16 @@ impl ImageStore {
             .unwrap_or_default()
     }
 
-    /// Forgets it: who removes all images of a name wants to begin anew.
-    pub(crate) fn forget_warm(
-        &self,
-        namespace: &Namespace,
-        name: &ImageName,
-    ) -> Result<(), ImageError> {
+    /// Forgets it: who removes all images of a name wants to begin anew. Whether there was something.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn forget_warm(&self, namespace: &Namespace, name: &ImageName) -> Result<bool, ImageError> {
         let path = self.home_of(namespace, name).join(RECORD);
         match fs::remove_file(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(ImageError::io("remove", &path)(e))
-            }
-            _ => Ok(()),
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(ImageError::io("remove", &path)(e)),
         }
     }
 }

@@ -32,7 +32,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => doctor::run(args, &config()?).await,
         Command::Completion(args) => Ok(completion::run(args)),
         Command::ContainerImage(args) => container_image::run(args).await,
-        Command::Await(args) => await_warm::run(args).await,
+        Command::Await(args) => await_warm::run(&args),
         Command::Pager(args) => pager::run(&args, config),
         Command::Userfaultfd(args) => userfaultfd::run(&args),
     }

@@ -23,6 +23,9 @@ fn main() -> ExitCode {
 
 fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
     output::log_to_stderr();
+    if let cli::Command::Await(args) = &cli.command {
+        return commands::await_warm::run(args);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;

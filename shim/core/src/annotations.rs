@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::{
     duration,
-    name::{ImageName, ImageRef},
+    name::{ImageName, ImageRef, WARM_PREFIX},
     uri::DatasetUri,
 };
 
@@ -278,6 +278,14 @@ impl PodRequest {
                     key,
                     needs: "rekindle.dev/restore-from",
                 });
+            }
+        }
+        for key in ["restore-from", "checkpoint-name"] {
+            let value = get(key).unwrap_or_default();
+            let name = value.rsplit_once('/').map_or(value, |(_, name)| name);
+            if name.starts_with(WARM_PREFIX) {
+                let reason = "names that begin with auto- are those of rekindle.dev/warm-start";
+                return Err(wrong(key, value, reason));
             }
         }
         request.restore_force = match (get("restore-force"), &request.restore_from) {

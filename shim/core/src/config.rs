@@ -234,6 +234,8 @@ pub struct WarmStart {
     pub early: Duration,
     /// At so many in a row the image is put into quarantine.
     pub failures: u32,
+    /// Percent of the disk that have to be free for an image to be made.
+    pub min_free: u8,
 }
 
 /// The node's configuration, resolved.
@@ -314,13 +316,14 @@ struct RawRestore {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 struct RawWarmStart {
     #[serde(deserialize_with = "crate::duration::deserialize")]
     within: Option<Duration>,
     #[serde(deserialize_with = "crate::duration::deserialize")]
     early: Option<Duration>,
     failures: Option<u32>,
+    min_free: Option<u8>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -416,6 +419,13 @@ impl NodeConfig {
         if raw.warm_start.failures == Some(0) {
             return Err(refuse("warm-start.failures", "0".to_owned(), "1 or more"));
         }
+        if let Some(percent) = raw.warm_start.min_free.filter(|percent| *percent > 99) {
+            return Err(refuse(
+                "warm-start.min-free",
+                percent.to_string(),
+                "0 to 99 percent",
+            ));
+        }
         // 5 MiB is S3's smallest part; above 1 GiB a retry costs more than it saves.
         if let Some(n) = raw
             .datasets
@@ -498,6 +508,8 @@ impl Raw {
                 within: self.warm_start.within.unwrap_or(Duration::from_secs(600)),
                 early: self.warm_start.early.unwrap_or(Duration::from_secs(60)),
                 failures: self.warm_start.failures.unwrap_or(3),
+                // Below it the kubelet evicts pods (`evictionHard`, `nodefs.available<10%`).
+                min_free: self.warm_start.min_free.unwrap_or(10),
             },
             deadlines: Deadlines {
                 sandbox_data: self

@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+/// With what the names of images begin that containers make for others of their kind: nobody else names one so.
+pub const WARM_PREFIX: &str = "auto-";
 /// Longest name that is accepted: what Kubernetes allows for most objects (RFC 1123 label).
 pub const MAX_NAME: usize = 63;
 

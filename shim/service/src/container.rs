@@ -311,6 +311,9 @@ impl Container {
                 .map(|exec| (exec.id.clone(), exec.view().pid))
                 .collect();
             let state = this.admit(Request::Checkpoint)?;
+            if request.exit {
+                this.signalled.store(true, Ordering::Relaxed);
+            }
             phases::checkpoint::run(&this.fixed, this.view().pid, state, &execs, &request).await
         })
         .await

@@ -57,8 +57,8 @@ pub(crate) struct Fixed {
     pub(crate) options: RuncOptions,
     pub(crate) runc: Runc,
     pub(crate) rootfs: Rootfs,
-    /// Also held so that no dataset is removed under it.
-    pub(crate) datasets: Vec<DatasetMount>,
+    /// Held so that no dataset is removed under it.
+    pub(crate) _datasets: Vec<DatasetMount>,
     /// What it goes by with `warm-start: auto`.
     pub(crate) warm: Option<Warm>,
     pub(crate) criu: CriuConfig,

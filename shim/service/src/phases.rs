@@ -22,6 +22,9 @@ pub(crate) enum PhaseError {
     ExecRunning { id: String, exec: String, pid: i32 },
     #[error("cannot restore container {id}: {reason}")]
     CannotRestore { id: String, reason: String },
+    /// It is not what was sealed.
+    #[error("cannot restore container {id}: {reason}")]
+    BadImage { id: String, reason: String },
     /// The reason is no fault of the image.
     #[error("cannot restore container {id}: {reason}")]
     CannotRestoreHere { id: String, reason: String },

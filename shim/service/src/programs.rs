@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use crate::exits::{Child, Exits};
+use crate::{
+    exits::{Child, Exits},
+    sys,
+};
 
 /// Most that is read of an answer.
 const MAX_ANSWER: u64 = 1 << 20;
@@ -54,6 +57,24 @@ pub(crate) async fn capture(
             let words = format!("no answer within {} s", deadline.as_secs());
             Err(io::Error::new(io::ErrorKind::TimedOut, words))
         })
+}
+
+/// Runs a command that says nothing and returns its exit status. Nobody waits for it on a thread, however long it takes;
+/// it is killed at the deadline, when this is dropped before, and with the shim.
+pub(crate) async fn status(
+    exits: &Exits,
+    mut command: Command,
+    deadline: Duration,
+) -> io::Result<u32> {
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    sys::die_with_us(&mut command);
+    let mut asked = Asked(exits, exits.spawn(&mut command)?);
+    let ended = tokio::time::timeout(deadline, &mut asked.1.exit).await;
+    let late = |_| io::Error::new(io::ErrorKind::TimedOut, "it did not end");
+    ended.map(|exit| exit.status).map_err(late)
 }
 
 /// The version in what a program prints with `--version`: the first word that begins with a digit.

@@ -24,11 +24,6 @@ impl Copy {
         Ok(copy)
     }
 
-    /// The image itself, in its folder.
-    pub(crate) fn at(folder: PathBuf) -> Copy {
-        Copy(folder)
-    }
-
     /// Changes the manifest, and its checksum with it.
     pub(crate) fn change_manifest(&self, change: impl FnOnce(&mut Value)) -> Result<()> {
         let mut manifest: Value = serde_json::from_slice(&fs::read(self.0.join("manifest.json"))?)?;

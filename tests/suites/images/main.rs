@@ -122,7 +122,7 @@ images! {
             a_sigkill_ends_it_without_an_image
         }
         warming {
-            an_image_that_cannot_be_restored_goes_into_quarantine
+            a_damaged_image_goes_into_quarantine
             an_image_whose_containers_end_early_goes_into_quarantine
             of_many_at_once_one_makes_it
             pods_of_one_deployment_share_it

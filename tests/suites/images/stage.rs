@@ -44,7 +44,7 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
         let busybox = images::busybox()?;
         let mut config = NodeConfig::new(Runtime::Rekindle)?;
         config.rekindle_toml = Some(format!(
-            "[restore]\npaging = \"{word}\"\n\n[images]\ncompression = \"{compression}\"\n\n[warm-start]\nearly = \"10s\"\nfailures = 2\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n\n[[images.key]]\nid = \"sealed-1\"\nnamespaces = [\"sealed\"]\ncommand = [\"/bin/echo\", \"{KEY}\"]\n"
+            "[restore]\npaging = \"{word}\"\n\n[images]\ncompression = \"{compression}\"\n\n[warm-start]\nearly = \"20s\"\nfailures = 2\nmin-free = 0\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n\n[[images.key]]\nid = \"sealed-1\"\nnamespaces = [\"sealed\"]\ncommand = [\"/bin/echo\", \"{KEY}\"]\n"
         ));
         if matches!(nodes, Nodes::Alone) {
             // Its log tells which step of an operation begins.

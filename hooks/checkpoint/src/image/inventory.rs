@@ -73,7 +73,7 @@ impl ImageStore {
                 last_used: self.last_used(&namespace, &name, generation)?,
                 files: files(&dir)?,
                 usable: source.is_ok() && quarantined.is_none(),
-                remade: source.is_ok_and(|source| source.warm),
+                remade: source.is_ok_and(|source| source.warm.is_some()),
                 namespace,
                 name,
                 generation,

@@ -243,7 +243,7 @@ impl ImageStore {
             }
             self.remove_generation(namespace, name, *generation)?;
         }
-        if generation.is_none() {
+        if self.generations(namespace, name)?.is_empty() {
             self.forget_warm(namespace, name)?;
         }
         Ok(doomed)
@@ -395,6 +395,17 @@ impl ImageStore {
         let home = self.home_of(namespace, name);
         new_dir(&home)?;
         Ok(home)
+    }
+
+    /// The manifest of a generation, unverified.
+    pub(crate) fn manifest(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        generation: u64,
+    ) -> Result<Manifest, ManifestError> {
+        let dir = self.image_dir(namespace, name, generation);
+        read_manifest(&dir).map(|(manifest, _)| manifest)
     }
 
     /// The names in a namespace, sorted.

@@ -843,7 +843,7 @@ fn what_a_person_has_made_stays_when_room_is_made() {
     let path = first.dir().join(MANIFEST_FILE);
     let mut manifest: serde_json::Value =
         serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    manifest["facts"]["source"]["warm"] = true.into();
+    manifest["facts"]["source"]["warm"] = "hash".into();
     fs::write(&path, manifest.to_string()).unwrap();
     let rules = Retention {
         idle: Some(std::time::Duration::ZERO),

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Kind;
 
-/// Images of one kind that may turn out to be of no use before no more are made.
-pub const MAX_QUARANTINED: usize = 3;
+/// Images of one kind in a row that may turn out to be of no use, and containers in a row of which none can be made,
+/// before no more are made.
+pub const MAX_USELESS: u32 = 3;
 /// Longest sentence that is kept.
 const MAX_WHY: usize = 500;
 
@@ -15,42 +16,41 @@ const MAX_WHY: usize = 500;
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Record {
-    /// What the containers have in common.
+    /// What the containers have in common. Not where their images are encrypted.
     pub kind: Option<Kind>,
     /// By generation, those of which there is something to tell.
     pub generations: BTreeMap<u64, Fate>,
+    /// Images that were put into quarantine since a container went on.
+    pub useless: u32,
+    /// Containers of which no image could be made since one could.
+    pub unmade: u32,
 }
 
 /// What became of one generation.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Fate {
-    /// Containers in a row that ended early by themselves.
+    /// Containers in a row that ended early, in thirds: see [`End`].
     pub early: u32,
     /// Why it is used by no one any more.
     pub quarantined: Option<String>,
 }
 
-impl Fate {
-    /// Takes it out of use.
-    pub(super) fn quarantine(&mut self, why: &str) {
-        self.quarantined = Some(why.chars().take(MAX_WHY).collect());
-    }
+/// How a restored container ended early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It failed by itself, or could not be restored for a reason that may have been the node's.
+    Failed,
+    /// Somebody signalled it: pods come and go, and a liveness probe may have found it dead. It counts for a third.
+    Signalled,
+}
 
-    /// One more ended early. Whether it is out of use now.
-    pub(super) fn ended_early(&mut self, why: &str, most: u32) -> bool {
-        self.early = self.early.saturating_add(1);
-        if self.early >= most {
-            self.quarantine(&format!(
-                "{} containers ended early, the last one: {why}",
-                self.early
-            ));
+impl End {
+    fn thirds(self) -> u32 {
+        match self {
+            Self::Failed => 3,
+            Self::Signalled => 1,
         }
-        self.quarantined.is_some()
-    }
-
-    pub(super) fn went_on(&mut self) {
-        self.early = 0;
     }
 }
 
@@ -60,29 +60,55 @@ impl Record {
         self.generations.get(&generation)?.quarantined.as_deref()
     }
 
-    pub(super) fn may_use(&self, generation: u64) -> bool {
-        self.quarantined(generation).is_none()
+    /// Takes a generation out of use.
+    pub(super) fn quarantine(&mut self, generation: u64, why: &str) {
+        let fate = self.generations.entry(generation).or_default();
+        if fate.quarantined.is_none() {
+            fate.quarantined = Some(why.chars().take(MAX_WHY).collect());
+            self.useless = self.useless.saturating_add(1);
+        }
     }
 
-    pub(super) fn early(&self, generation: u64) -> u32 {
-        self.generations
+    /// One more ended early, of `failures` that are let pass. Whether its image is out of use now.
+    pub(super) fn ended_early(
+        &mut self,
+        generation: u64,
+        why: &str,
+        end: End,
+        failures: u32,
+    ) -> bool {
+        let fate = self.generations.entry(generation).or_default();
+        fate.early = fate.early.saturating_add(end.thirds());
+        if fate.early >= failures.saturating_mul(End::Failed.thirds()) {
+            let why = format!("its containers end early, the last one: {why}");
+            self.quarantine(generation, &why);
+        }
+        self.quarantined(generation).is_some()
+    }
+
+    /// A restored container went on.
+    pub(super) fn went_on(&mut self, generation: u64) {
+        self.generations.entry(generation).or_default().early = 0;
+        self.useless = 0;
+    }
+
+    /// Whether `went_on` would change nothing.
+    pub(super) fn is_clean(&self, generation: u64) -> bool {
+        let early = self
+            .generations
             .get(&generation)
-            .map_or(0, |fate| fate.early)
+            .map_or(0, |fate| fate.early);
+        early == 0 && self.useless == 0
     }
 
-    pub(super) fn fate(&mut self, generation: u64) -> &mut Fate {
-        self.generations.entry(generation).or_default()
-    }
-
-    /// Whether too many were of no use.
+    /// Whether no more are made.
     pub(super) fn is_hopeless(&self) -> bool {
-        let fates = self.generations.values();
-        fates.filter(|fate| fate.quarantined.is_some()).count() >= MAX_QUARANTINED
+        self.useless >= MAX_USELESS || self.unmade >= MAX_USELESS
     }
 
-    /// Forgets generations that are gone, but for those that were of no use: those count.
+    /// Forgets generations that are gone.
     pub(super) fn forget_removed(&mut self, existing: &[u64]) {
         self.generations
-            .retain(|generation, fate| existing.contains(generation) || fate.quarantined.is_some());
+            .retain(|generation, _| existing.contains(generation));
     }
 }

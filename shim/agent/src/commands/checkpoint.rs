@@ -15,7 +15,7 @@ use rekindle_checkpoint::{ImageError, ImageStore, SealedImage, manifest::Source}
 use rekindle_core::{
     config::NodeConfig,
     duration,
-    name::{ImageName, Namespace},
+    name::{ImageName, Namespace, WARM_PREFIX},
 };
 use serde::Serialize;
 
@@ -108,6 +108,13 @@ async fn checkpoint(
     spinner: &ProgressBar,
 ) -> anyhow::Result<Answer> {
     let began = Instant::now();
+    if args.name.as_str().starts_with(WARM_PREFIX) {
+        return Err(Failure::Refused(format!(
+            "checkpoint of {}: names that begin with {WARM_PREFIX} are those of rekindle.dev/warm-start; give the image another one",
+            args.container
+        ))
+        .into());
+    }
     let containerd = Containerd::connect(&args.address).await?;
     let request = resolve(args, config, &containerd).await?;
     let store = ImageStore::open(&config.images.root)?;
@@ -174,7 +181,7 @@ impl Request {
             image_digest: self.digest.clone(),
             container: self.container.id.clone(),
             pod: self.container.pod(),
-            warm: false,
+            warm: None,
         }
     }
 }

@@ -331,8 +331,23 @@ fn bar(reference: &str, bytes: u64) -> ProgressBar {
 }
 
 fn rm(store: &ImageStore, which: &Which, force: bool) -> anyhow::Result<ExitCode> {
-    let (namespace, _) = locate(store, &which.image, which.namespace.as_ref())?;
     let (name, generation) = (&which.image.name, which.image.generation);
+    let namespace = match locate(store, &which.image, which.namespace.as_ref()) {
+        Ok((namespace, _)) => namespace,
+        Err(error) => {
+            // Of images that containers made, and that are gone, it is known that they were of no use.
+            let namespace = which.image.namespace.as_ref().or(which.namespace.as_ref());
+            match namespace {
+                Some(namespace)
+                    if generation.is_none() && store.forget_warm(namespace, name)? =>
+                {
+                    output::line(format!("forgot what was known of {namespace}/{name}"));
+                    return Ok(ExitCode::SUCCESS);
+                }
+                _ => return Err(error),
+            }
+        }
+    };
     let removed = store
         .remove(&namespace, name, generation, force)
         .map_err(failure)?;

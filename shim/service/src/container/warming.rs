@@ -6,8 +6,12 @@ use std::{
     time::Duration,
 };
 
-use rekindle_checkpoint::{ImageError, manifest::Source, warm::NotMade};
-use rekindle_core::annotations::WarmWhen;
+use rekindle_checkpoint::{
+    ImageError, ImageStore,
+    manifest::Source,
+    warm::{End, NotMade},
+};
+use rekindle_core::annotations::{AfterRestore, WarmWhen};
 
 use super::{Container, imaging::Wish};
 use crate::{
@@ -19,10 +23,32 @@ use crate::{
     threads::blocking,
 };
 
-/// A checkpoint can be refused for what is soon over: an exec that runs, say, as probes do.
-const TRIES: u32 = 5;
+/// Tries to make an image while something is in the way that is soon over: an exec, as probes are, or another container
+/// that makes one.
+const TRIES: u32 = 20;
 /// Between two of them.
 const PAUSE: Duration = Duration::from_secs(3);
+
+/// Why there is no image.
+#[derive(Debug)]
+enum Unmade {
+    /// Something is in the way that is soon over.
+    NotNow(String),
+    /// Nobody wants one, or there is no room.
+    No(NotMade),
+    /// It has changed, or is about to end: what it is now, no other container is to become.
+    NotThis(&'static str),
+    Failed(Error),
+}
+
+impl From<Error> for Unmade {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Phase(PhaseError::ExecRunning { .. }) => Self::NotNow(error.to_string()),
+            error => Self::Failed(error),
+        }
+    }
+}
 
 impl Container {
     /// To be called when it has started: `restored` from an image, or cold.
@@ -39,27 +65,43 @@ impl Container {
         }
     }
 
-    /// Notes whether a restored container goes on, or fails early by itself.
+    /// Whether somebody has signalled it: then its end is not its own doing, and it may be about to end.
+    fn was_signalled(&self) -> bool {
+        self.signalled.load(Ordering::Relaxed)
+    }
+
+    /// The status with which it ends where the signal that it is told by after its restore kills it.
+    fn told_by(&self) -> Option<u32> {
+        match self.fixed.plan.after_restore {
+            Some(AfterRestore::Signal(number)) => Some(128 + number.unsigned_abs()),
+            _ => None,
+        }
+    }
+
+    /// Notes whether a restored container goes on, or ends early.
     async fn judge(&self, generation: u64) {
         let Some(warm) = &self.fixed.warm else { return };
         let node = self.fixed.shared.node.warm_start;
         let began = tokio::time::Instant::now();
         let ended = tokio::time::timeout(node.early, self.wait()).await;
         let images = warm.images.clone();
-        let noted = match ended {
-            Err(_) => blocking(move || images.went_on(generation).map(|()| false)).await,
-            Ok(exit) if exit.status != 0 && !self.signalled.load(Ordering::Relaxed) => {
-                let after = began.elapsed().as_secs();
-                let why = format!(
-                    "{} ended with status {} after {after} s",
-                    self.fixed.id, exit.status
-                );
-                tracing::warn!(id = self.fixed.id, why, "it counts against its image");
-                blocking(move || images.ended_early(generation, &why, node.failures)).await
-            }
-            Ok(_) => return,
+        let Ok(exit) = ended else {
+            let noted = blocking(move || images.went_on(generation).map(|()| false)).await;
+            return warm.tell(generation, noted);
         };
-        warm.tell(generation, noted);
+        let end = match self.was_signalled() {
+            true => End::Signalled,
+            // It has done what it had to do.
+            false if exit.status == 0 => return,
+            // It had no handler for what its own pod has it told.
+            false if self.told_by() == Some(exit.status) => return,
+            false => End::Failed,
+        };
+        let (id, after) = (&self.fixed.id, began.elapsed().as_secs());
+        let why = format!("{id} ended with status {} after {after} s", exit.status);
+        tracing::info!(id, why, ?end, "it counts against its image");
+        let note = move || images.ended_early(generation, &why, end, node.failures);
+        warm.tell(generation, blocking(note).await);
     }
 
     /// Waits until it is warm, and makes an image of it unless somebody else has.
@@ -71,22 +113,33 @@ impl Container {
             is_warm = self.is_warm(&warm.request.when, within) => is_warm,
         };
         let id = &self.fixed.id;
-        if !is_warm {
-            tracing::warn!(id, when = %warm.request.when, within = within.as_secs(), "it has not become warm; no image is made");
+        if let Err(reason) = is_warm {
+            tracing::warn!(id, when = %warm.request.when, reason, "it has not become warm; no image is made");
             return;
         }
-        for again in 1..=TRIES {
+        for _ in 0..TRIES {
             match self.make_warm(warm).await {
-                Ok(Ok(image)) => {
-                    return tracing::info!(id, image, "image made for others of its kind");
+                Ok(image) => return tracing::info!(id, image, "image made for others of its kind"),
+                Err(Unmade::NotNow(reason)) => tracing::info!(id, reason, "trying again"),
+                Err(Unmade::No(reason @ NotMade::Exists)) => {
+                    return tracing::debug!(id, %reason, "no image is made");
                 }
-                Ok(Err(NotMade::Hopeless)) => {
-                    return tracing::warn!(id, reason = %NotMade::Hopeless, "no image is made");
+                Err(Unmade::No(reason)) => {
+                    return tracing::warn!(id, %reason, "no image is made");
                 }
-                Ok(Err(reason)) => return tracing::debug!(id, %reason, "no image is made"),
-                Err(error) => {
-                    let error = sentence(&error);
-                    tracing::warn!(id, error, again, of = TRIES, "no image was made");
+                Err(Unmade::NotThis(reason)) => {
+                    return tracing::info!(id, reason, "no image is made");
+                }
+                Err(Unmade::Failed(error)) => {
+                    tracing::warn!(id, error = sentence(&error), "no image was made");
+                    // The next one of its kind would stand still for nothing, too.
+                    let images = warm.images.clone();
+                    if !self.was_signalled()
+                        && let Ok(Err(error)) = blocking(move || images.not_made()).await
+                    {
+                        tracing::warn!(id, error = sentence(&error), "nothing was noted of it");
+                    }
+                    return;
                 }
             }
             tokio::select! {
@@ -96,11 +149,11 @@ impl Container {
         }
     }
 
-    /// Whether it becomes warm in time.
-    async fn is_warm(&self, when: &WarmWhen, within: Duration) -> bool {
+    /// Waits until it is warm; why it has not become so.
+    async fn is_warm(&self, when: &WarmWhen, within: Duration) -> Result<(), String> {
         if let WarmWhen::After(after) = when {
             tokio::time::sleep(*after).await;
-            return true;
+            return Ok(());
         }
         #[allow(clippy::disallowed_methods, reason = "the launch of the CLI")]
         let mut command = Command::new(data::program());
@@ -109,45 +162,73 @@ impl Container {
         command.arg(when.to_string());
         // Its own clock is the one that counts.
         let deadline = within + Duration::from_secs(10);
-        let answer = programs::capture(&self.fixed.runc.exits, command, deadline).await;
-        matches!(answer, Ok((0, _)))
+        match programs::status(&self.fixed.runc.exits, command, deadline).await {
+            Ok(0) => Ok(()),
+            Ok(1) => Err(format!("not within {} s", within.as_secs())),
+            Ok(status) => Err(format!("`rekindle await` ended with status {status}")),
+            Err(error) => Err(format!("`rekindle await`: {error}")),
+        }
     }
 
-    async fn make_warm(self: &Arc<Self>, warm: &Warm) -> Result<Result<String, NotMade>, Error> {
-        let cannot = |error: ImageError| PhaseError::CannotCheckpoint {
-            id: self.fixed.id.clone(),
-            reason: sentence(&error),
+    async fn make_warm(self: &Arc<Self>, warm: &Warm) -> Result<String, Unmade> {
+        let failed = |error: ImageError| {
+            Unmade::Failed(
+                PhaseError::CannotCheckpoint {
+                    id: self.fixed.id.clone(),
+                    reason: sentence(&error),
+                }
+                .into(),
+            )
         };
-        let state = self.view().state;
-        if state != State::Running {
-            let reason = "it does not run just now".to_owned();
-            let id = self.fixed.id.clone();
-            return Err(PhaseError::CannotCheckpoint { id, reason }.into());
+        if self.view().state != State::Running {
+            return Err(Unmade::NotNow("it does not run just now".to_owned()));
         }
+        let min_free = self.fixed.shared.node.warm_start.min_free;
         let images = warm.images.clone();
-        let making = blocking(move || images.make()).await?.map_err(cannot)?;
-        let making = match making {
+        let making = blocking(move || images.make(min_free)).await?;
+        let making = match making.map_err(failed)? {
             Ok(making) => making,
-            Err(reason) => return Ok(Err(reason)),
+            Err(NotMade::Busy) => return Err(Unmade::NotNow(NotMade::Busy.to_string())),
+            Err(reason) => return Err(Unmade::No(reason)),
         };
-        let (images, kind) = (warm.images.clone(), warm.kind.clone());
-        blocking(move || images.describe(&kind))
-            .await?
-            .map_err(cannot)?;
-        let (_, name) = warm.images.name();
+        if self.was_signalled() {
+            return Err(Unmade::NotThis("it was signalled, and may be about to end"));
+        }
+        if !warm.is_of_its_kind().await? {
+            return Err(Unmade::NotThis(
+                "what is mounted has been changed since it was created",
+            ));
+        }
+        let (namespace, name) = warm.images.name();
         let wish = Wish {
             name: name.clone(),
             source: Source {
                 // What its kind was taken from, whatever the tag points to by now.
-                image_digest: Some(warm.kind.image.clone()),
-                warm: true,
+                image_digest: Some(warm.images.kind().image.clone()),
+                warm: Some(warm.images.hash().to_owned()),
                 ..Source::default()
             },
         };
         let image = self.make_image(wish).await?;
+        if self.was_signalled() {
+            let root = self.fixed.shared.node.images.root.clone();
+            let (namespace, name) = (namespace.clone(), name.clone());
+            let newest = image
+                .rsplit_once('@')
+                .and_then(|(_, number)| number.parse().ok());
+            let remove = move || ImageStore::open(&root)?.remove(&namespace, &name, newest, false);
+            blocking(remove).await?.map_err(failed)?;
+            return Err(Unmade::NotThis("it was signalled meanwhile"));
+        }
+        // Where images are encrypted, nothing of their containers lies beside them in clear.
+        let describe = self.fixed.shared.node.key_for(namespace).is_none();
+        let images = warm.images.clone();
+        blocking(move || images.made(describe))
+            .await?
+            .map_err(failed)?;
         drop(making);
         self.make_room(warm).await;
-        Ok(Ok(image))
+        Ok(image)
     }
 
     /// Each version of a container image makes a kind of its own, and nobody removes the old ones' images by hand.

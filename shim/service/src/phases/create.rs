@@ -94,7 +94,7 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
         cgroup: spec.text("/linux/cgroupsPath").map(str::to_owned),
         gpu_devices: spec.gpu_devices(),
         shares_pids: !spec.has_namespace("pid") || spec.namespace_path("pid").is_some(),
-        datasets: mounts,
+        _datasets: mounts,
         warm: None,
         rootfs: Rootfs::new(&bundle, request.rootfs.clone()),
         shared: shared.clone(),
@@ -105,7 +105,7 @@ pub(crate) async fn run(shared: &Shared, request: CreateTaskRequest) -> Result<C
         runc,
         criu,
     };
-    fixed.warm = warm::choose(&fixed, &spec).await;
+    fixed.warm = warm::choose(&fixed, &spec, &request).await;
     if let Some(restore) = fixed.warm.as_ref().and_then(warm::Warm::restore) {
         fixed.plan.restore = Some(restore);
     }

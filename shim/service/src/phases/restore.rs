@@ -320,7 +320,14 @@ async fn start(
     .await;
     let restored = match restored {
         Ok((pid, exit)) => {
-            let told = told::tell(fixed, &spec, pid, left.saturating_sub(began.elapsed())).await;
+            let told = told::tell(
+                fixed,
+                &spec,
+                pid,
+                left.saturating_sub(began.elapsed()),
+                &running,
+            )
+            .await;
             told.map(|()| (pid, exit))
         }
         error => error,

@@ -2,53 +2,43 @@
 //!
 //! Nothing here fails a container. Whatever is not known makes it start cold, and the log says why.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io::Read,
-    path::{Path, PathBuf},
-};
+mod mounted;
 
+use std::{fs, os::unix::fs::MetadataExt, time::Duration};
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use mounted::Mounted;
 use rekindle_checkpoint::{
     ImageError, ImageStore,
-    warm::{Kind, Surroundings, WarmImages},
+    warm::{End, Kind, Surroundings, WarmImages},
 };
 use rekindle_core::{
     annotations::{Policy, WarmRequest},
-    identity::Identity,
     plan::RestorePlan,
 };
-use serde::Deserialize;
 
 use super::PhaseError;
 use crate::{
-    bundle::{Mount, Spec},
+    bundle::Spec,
     container_image,
     context::Fixed,
     error::{Error, sentence},
-    runc::RuncError,
     threads::blocking,
 };
 
-/// Where Kubernetes mounts the token of a pod's service account.
-const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-/// The kubelet's folders for volumes whose files are compared: `pods/UID/volumes/kubernetes.io~KIND/NAME`
-/// (kubernetes `pkg/volume/{configmap,secret}`).
-const COMPARED: [&str; 2] = ["/kubernetes.io~configmap/", "/kubernetes.io~secret/"];
-/// The kubelet's binds of single files and folders of volumes.
-const SUBPATHS: &str = "/volume-subpaths/";
-/// Most bytes and files of a volume that are compared. etcd takes no object of more than 1.5 MiB.
-const MAX_BYTES: u64 = 4 << 20;
-const MAX_FILES: usize = 1000;
+/// What it may take to find out of what kind a container is.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The types of namespaces that a container may share with the host.
+const NAMESPACES: [&str; 6] = ["network", "ipc", "uts", "pid", "cgroup", "mount"];
 
 /// What a container with `warm-start: auto` goes by.
 #[derive(Debug)]
 pub(crate) struct Warm {
     pub(crate) images: WarmImages,
-    pub(crate) kind: Kind,
     pub(crate) request: WarmRequest,
     /// The image that it starts from; none: cold, and it may make one.
     pub(crate) generation: Option<u64>,
+    mounted: Mounted,
 }
 
 impl Warm {
@@ -65,9 +55,11 @@ impl Warm {
         })
     }
 
-    /// Itself, with the image that it starts from.
-    pub(crate) fn started_from(&self) -> Option<(&Self, u64)> {
-        Some((self, self.generation?))
+    /// Whether it is of its kind still: a ConfigMap may have been changed, and the program may know.
+    pub(crate) async fn is_of_its_kind(&self) -> Result<bool, Error> {
+        let mounted = self.mounted.clone();
+        let now = blocking(move || mounted.look()).await?;
+        Ok(now == self.images.kind().mounts)
     }
 
     /// Tells what became of a note about an image: whether it is in quarantine now.
@@ -75,20 +67,29 @@ impl Warm {
         let (namespace, name) = self.images.name();
         let image = format!("{namespace}/{name}@{generation}");
         match noted {
-            Ok(Ok(true)) => tracing::warn!(image, "put into quarantine"),
+            Ok(Ok(true)) => tracing::warn!(image, "in quarantine"),
             Ok(Ok(false)) => {}
             Ok(Err(error)) => {
-                tracing::warn!(image, error = sentence(&error), "nothing was noted of it")
+                tracing::warn!(image, error = sentence(&error), "nothing was noted of it");
             }
             Err(error) => tracing::warn!(image, %error, "nothing was noted of it"),
         }
     }
 }
 
-/// Finds out what the container goes by. None: it did not ask, or its kind cannot be told.
-pub(crate) async fn choose(fixed: &Fixed, spec: &Spec) -> Option<Warm> {
+/// Finds out what the container goes by. None: it did not ask, it is restored from something else, or its kind cannot be
+/// told.
+pub(crate) async fn choose(fixed: &Fixed, spec: &Spec, create: &CreateTaskRequest) -> Option<Warm> {
     let request = fixed.plan.warm.clone()?;
-    match find(fixed, spec, request).await {
+    if !create.checkpoint.is_empty() || !fixed.options.criu_image_path.is_empty() {
+        return None;
+    }
+    let found = tokio::time::timeout(PATIENCE, find(fixed, spec, request)).await;
+    let late = || {
+        let reason = format!("its kind was not found out within {} s", PATIENCE.as_secs());
+        Err(cannot(fixed, reason))
+    };
+    match found.unwrap_or_else(|_| late()) {
         Ok(warm) => Some(warm),
         Err(error) => {
             tracing::warn!(id = fixed.id, %error, "starting cold, and no image will be made");
@@ -97,14 +98,27 @@ pub(crate) async fn choose(fixed: &Fixed, spec: &Spec) -> Option<Warm> {
     }
 }
 
-async fn find(fixed: &Fixed, spec: &Spec, request: WarmRequest) -> Result<Warm, Error> {
-    let cannot = |reason: String| PhaseError::CannotRestore {
+fn cannot(fixed: &Fixed, reason: String) -> Error {
+    PhaseError::CannotRestoreHere {
         id: fixed.id.clone(),
         reason,
-    };
+    }
+    .into()
+}
+
+async fn find(fixed: &Fixed, spec: &Spec, request: WarmRequest) -> Result<Warm, Error> {
+    let cannot = |reason: &str| cannot(fixed, reason.to_owned());
     if !fixed.gpu_devices.is_empty() {
-        let reason = "it has GPU devices, of which this build makes no images";
-        return Err(cannot(reason.to_owned()).into());
+        return Err(cannot(
+            "it has GPU devices, of which this build makes no images",
+        ));
+    }
+    // `user:role:type:level:c1,c2`
+    let label = spec.text("/process/selinuxLabel").unwrap_or_default();
+    if label.split(':').count() > 4 {
+        return Err(cannot(
+            "its SELinux label has categories, which no other pod's has",
+        ));
     }
     let (image, host) = tokio::join!(
         container_image::ask(fixed),
@@ -112,185 +126,89 @@ async fn find(fixed: &Fixed, spec: &Spec, request: WarmRequest) -> Result<Warm, 
     );
     let digest = image.and_then(|image| image.digest);
     let digest = digest.ok_or_else(|| {
-        cannot(
-            "its kind is not known: containerd does not tell the digest of its container image"
-                .to_owned(),
-        )
+        cannot("its kind is not known: containerd does not tell the digest of its container image")
     })?;
-    let host = host.map_err(cannot)?;
+    let host = host.map_err(|reason| cannot(&reason))?;
     let parsed = spec.parsed()?;
-    let Identity {
-        namespace,
-        pod,
-        pod_uid,
-        container_name,
-        ..
-    } = fixed.plan.identity.clone();
-    let pod_name = pod.and_then(|pod| Some(pod.split_once('/')?.1.to_owned()));
-    let contents = Contents::of(fixed, spec);
+    let identity = fixed.plan.identity.clone();
+    let pod_name = identity
+        .pod
+        .and_then(|pod| Some(pod.split_once('/')?.1.to_owned()));
+    let uid = identity.pod_uid;
+    let own: Vec<String> = pod_name.into_iter().chain(uid.clone()).collect();
+    let mounted = Mounted::of(spec, uid.as_deref(), own.clone());
+    let joined: Vec<_> = NAMESPACES
+        .iter()
+        .filter_map(|kind| Some((*kind, spec.namespace_path(kind)?)))
+        .collect();
     let root = fixed.shared.node.images.root.clone();
     let ignore = request.ignore_env.clone();
     let found = blocking(move || {
+        let is_the_hosts = |kind: &str, path: &std::path::Path| {
+            let name = if kind == "network" { "net" } else { kind };
+            let name = if name == "mount" { "mnt" } else { name };
+            let identity = |of: fs::Metadata| (of.dev(), of.ino());
+            let here = fs::metadata(format!("/proc/self/ns/{name}")).map(identity);
+            here.is_ok_and(|here| fs::metadata(path).map(identity).ok() == Some(here))
+        };
+        let of_the_host = joined
+            .iter()
+            .filter(|(kind, path)| is_the_hosts(kind, path))
+            .map(|(kind, _)| (*kind).to_owned());
         let around = Surroundings {
             image: digest,
-            container: container_name,
+            container: identity.container_name,
             ignore_env: &ignore,
-            own: [pod_name, pod_uid].into_iter().flatten().collect(),
-            contents: contents.read(),
-            account: contents.account(),
+            own: &own,
+            mounts: mounted.look(),
+            account: mounted.account(),
+            of_the_host: of_the_host.collect(),
         };
         let kind = Kind::of(&parsed, &host, around);
-        let Some(name) = kind.image_name() else {
+        let store = ImageStore::open(&root)?;
+        let Some(images) = WarmImages::of(store, identity.namespace, kind) else {
             return Ok(None);
         };
-        let images = WarmImages::new(ImageStore::open(&root)?, namespace, name);
         let generation = images.usable()?;
         if generation.is_none()
-            && let Some((name, differences)) = images.nearest(&kind)?
+            && let Some((name, differences)) = images.nearest()?
         {
             tracing::info!(%name, differs = differences.join(", "), "no image of its kind; the nearest one");
         }
-        Ok::<_, ImageError>(Some((images, kind, generation)))
+        Ok::<_, ImageError>(Some((images, generation, mounted)))
     });
-    let unknown = |error: ImageError| cannot(sentence(&error));
-    let (images, kind, generation) = found
-        .await?
-        .map_err(unknown)?
-        .ok_or_else(|| cannot("its name cannot be part of an image's".to_owned()))?;
+    let unknown = |error: ImageError| cannot(&sentence(&error));
+    let found = found.await?.map_err(unknown)?;
+    let (images, generation, mounted) =
+        found.ok_or_else(|| cannot("its name cannot be part of an image's"))?;
     let (_, name) = images.name();
     tracing::info!(id = fixed.id, %name, generation, "warm-start: auto");
     Ok(Warm {
         images,
-        kind,
         request,
         generation,
+        mounted,
     })
 }
 
-/// Notes that the container could not be restored from the image of its kind. Nobody is any more, unless that was no
-/// fault of the image.
+/// Notes that the container could not be restored from the image of its kind. A damaged image is used by no one any more;
+/// what may have been the node's fault counts as a container that ended early; what is this container's own, not at all.
 pub(crate) async fn failed(fixed: &Fixed, error: &Error) {
-    let Some((warm, generation)) = fixed.warm.as_ref().and_then(Warm::started_from) else {
+    let Some(warm) = &fixed.warm else { return };
+    let Some(generation) = warm.generation else {
         return;
     };
     let (images, why) = (warm.images.clone(), sentence(error));
     let failures = fixed.shared.node.warm_start.failures;
     let noted = match error {
         Error::Phase(PhaseError::CannotRestoreHere { .. }) => return,
-        // A node that is too busy, or an image that is too large.
-        Error::Phase(PhaseError::TooLate { .. }) | Error::Runc(RuncError::Timeout { .. }) => {
-            blocking(move || images.ended_early(generation, &why, failures)).await
+        Error::Phase(PhaseError::BadImage { .. }) => {
+            blocking(move || images.is_bad(generation, &why).map(|()| true)).await
         }
-        _ => blocking(move || images.failed(generation, &why).map(|()| true)).await,
+        _ => {
+            let note = move || images.ended_early(generation, &why, End::Failed, failures);
+            blocking(note).await
+        }
     };
     warm.tell(generation, noted);
 }
-
-/// Where what is mounted can be looked at.
-#[derive(Debug)]
-struct Contents {
-    /// Versions of datasets, by destination.
-    datasets: BTreeMap<String, String>,
-    /// Folders and files to compare, by destination.
-    compared: Vec<(String, PathBuf)>,
-    token: Option<PathBuf>,
-}
-
-impl Contents {
-    fn of(fixed: &Fixed, spec: &Spec) -> Self {
-        let root = &fixed.shared.node.datasets.root;
-        let versions = fixed.datasets.iter().map(|mount| {
-            let version = mount.source.strip_prefix(root).unwrap_or(&mount.source);
-            (mount.destination.clone(), version.display().to_string())
-        });
-        let is_compared = |mount: &Mount<'_>| {
-            mount.kind == "bind"
-                && (COMPARED.iter().any(|kind| mount.source.contains(kind))
-                    // Also a file of a volume of another kind; a large one is not looked at.
-                    || mount.source.contains(SUBPATHS) && Path::new(mount.source).is_file())
-        };
-        let compared = spec
-            .mounts()
-            .filter(is_compared)
-            .map(|mount| (mount.destination.to_owned(), mount.source.into()));
-        let account = spec.mounts().find(|mount| mount.destination == ACCOUNT);
-        Self {
-            datasets: versions.collect(),
-            compared: compared.collect(),
-            token: account.map(|mount| Path::new(mount.source).join("token")),
-        }
-    }
-
-    /// What is known of what is mounted.
-    fn read(&self) -> BTreeMap<String, String> {
-        let mut all = self.datasets.clone();
-        for (destination, source) in &self.compared {
-            all.insert(destination.clone(), hash(source));
-        }
-        all
-    }
-
-    /// The service account, as its token has it. Who restores an image gets what is in its memory, and that may be what
-    /// only another account could read.
-    fn account(&self) -> Option<String> {
-        #[derive(Deserialize)]
-        struct Claims {
-            sub: String,
-        }
-        let mut token = String::new();
-        File::open(self.token.as_ref()?)
-            .ok()?
-            .take(1 << 16)
-            .read_to_string(&mut token)
-            .ok()?;
-        let claims = token.split('.').nth(1)?;
-        let claims = base64_simd::URL_SAFE_NO_PAD.decode_to_vec(claims).ok()?;
-        let claims: Claims = serde_json::from_slice(&claims).ok()?;
-        Some(claims.sub)
-    }
-}
-
-/// The names and contents of the files of a volume, as one hash; what is too large counts by its size only.
-fn hash(volume: &Path) -> String {
-    let mut hasher = blake3::Hasher::new();
-    let mut left = MAX_BYTES;
-    for file in files(volume) {
-        let name = file.strip_prefix(volume).unwrap_or(&file);
-        hasher.update(name.as_os_str().as_encoded_bytes());
-        let size = fs::metadata(&file).map_or(0, |file| file.len());
-        hasher.update(&size.to_le_bytes());
-        if size <= left
-            && let Ok(bytes) = fs::read(&file)
-        {
-            left -= size;
-            hasher.update(&bytes);
-        }
-    }
-    hasher.finalize().to_hex()[..16].to_owned()
-}
-
-/// The files of a volume, sorted. The kubelet shows each through a symlink into a folder with the time in its name
-/// (`pkg/volume/util/atomic_writer.go`), so what begins with a dot is left out and links are followed.
-fn files(volume: &Path) -> Vec<PathBuf> {
-    if volume.is_file() {
-        return vec![volume.to_owned()];
-    }
-    let (mut found, mut folders) = (Vec::new(), vec![volume.to_owned()]);
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
-            let path = entry.path();
-            match () {
-                () if entry.file_name().as_encoded_bytes().starts_with(b"..") => {}
-                () if found.len() + folders.len() >= MAX_FILES => {}
-                () if path.is_dir() => folders.push(path),
-                () if path.is_file() => found.push(path),
-                () => {}
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
-#[cfg(test)]
-mod tests;

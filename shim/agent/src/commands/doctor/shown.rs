@@ -24,10 +24,12 @@ struct Restore {
 }
 
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
 struct WarmStart {
     within: String,
     early: String,
     failures: u32,
+    min_free: u8,
 }
 
 #[derive(Debug, Serialize)]
@@ -84,6 +86,7 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
                 within: duration(config.warm_start.within),
                 early: duration(config.warm_start.early),
                 failures: config.warm_start.failures,
+                min_free: config.warm_start.min_free,
             },
             deadlines: Deadlines {
                 sandbox_data: duration(config.deadlines.sandbox_data),
@@ -135,6 +138,7 @@ mod tests {
             within = "5m"
             early = "10s"
             failures = 2
+            min-free = 15
             [deadlines]
             sandbox-data = "3m"
             container = "80s"

@@ -89,7 +89,16 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, V
         id: fixed.id.clone(),
         reason,
     };
-    let unfit = |e: ImageError| cannot(sentence(&e));
+    let unfit = |e: ImageError| {
+        let (id, reason) = (fixed.id.clone(), sentence(&e));
+        match e {
+            ImageError::Damaged { .. }
+            | ImageError::Manifest { .. }
+            | ImageError::Chunks { .. } => PhaseError::BadImage { id, reason },
+            ImageError::Unknown(_) => PhaseError::CannotRestoreHere { id, reason },
+            _ => PhaseError::CannotRestore { id, reason },
+        }
+    };
     let root = fixed.shared.node.images.root.clone();
     let (namespace, name, generation) =
         (plan.namespace.clone(), plan.name.clone(), plan.generation);

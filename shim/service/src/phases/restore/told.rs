@@ -9,12 +9,14 @@ use serde_json::{Value, json};
 use super::{PhaseError, step};
 use crate::{bundle::Spec, context::Fixed, error::Error, sys};
 
-/// Tells it, and waits until the command has ended. What fails here fails the restore.
+/// Tells it, and waits until the command has ended. What fails here fails the restore. `running` is told the pid of the
+/// runc whose child the command is, for a kill meanwhile.
 pub(super) async fn tell(
     fixed: &Fixed,
     spec: &Spec,
     init: i32,
     left: Duration,
+    running: impl Fn(Option<i32>),
 ) -> Result<(), Error> {
     let Some(told) = &fixed.plan.after_restore else {
         return Ok(());
@@ -24,14 +26,20 @@ pub(super) async fn tell(
             AfterRestore::Signal(number) => {
                 sys::kill(init, *number).map_err(Error::io("signalling a restored container"))
             }
-            AfterRestore::Command(words) => run(fixed, spec, words, left).await,
+            AfterRestore::Command(words) => run(fixed, spec, words, left, running).await,
         }
     })
     .await
 }
 
 /// Runs a command in it as its own user and with the environment of the new pod, as `runc exec` would by itself.
-async fn run(fixed: &Fixed, spec: &Spec, words: &[String], left: Duration) -> Result<(), Error> {
+async fn run(
+    fixed: &Fixed,
+    spec: &Spec,
+    words: &[String],
+    left: Duration,
+    running: impl Fn(Option<i32>),
+) -> Result<(), Error> {
     let mut process = spec.process();
     if let Some(process) = process.as_object_mut() {
         process.insert("args".to_owned(), json!(words));
@@ -43,13 +51,17 @@ async fn run(fixed: &Fixed, spec: &Spec, words: &[String], left: Duration) -> Re
     let (mut command, log) = fixed.runc.command("exec");
     command.arg("--process").arg(&file).arg(&fixed.id);
     let ran = async {
-        let running = fixed.runc.spawn("exec", command, log)?;
-        fixed.runc.wait(running, left).await
+        let runc = fixed.runc.spawn("exec", command, log)?;
+        running(Some(runc.pid()));
+        let ran = fixed.runc.wait(runc, left).await;
+        running(None);
+        ran
     };
     let ran = ran.await;
     let _ = fs::remove_file(&file);
     ran.map_err(|error| {
-        PhaseError::CannotRestore {
+        // The command is this pod's own: the image is as good for others as before.
+        PhaseError::CannotRestoreHere {
             id: fixed.id.clone(),
             reason: format!("its after-restore command {:?} failed: {error}", words[0]),
         }
