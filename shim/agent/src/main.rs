@@ -11,6 +11,7 @@ mod containerd;
 mod exit;
 mod keys;
 mod output;
+mod tier;
 
 use std::process::ExitCode;
 

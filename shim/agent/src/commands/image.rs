@@ -36,6 +36,7 @@ Examples:
   rekindle image diff team-a/warm@1 team-a/warm@2
   rekindle image push team-a/warm oci:/mnt/images
   rekindle image pull oci:/mnt/images
+  rekindle image push team-a/warm s3://images/
   rekindle image verify team-a/warm@3
   rekindle image rm team-a/warm@1
   rekindle image gc --dry-run
@@ -63,11 +64,16 @@ Examples:
   rekindle image push team-a/warm@3 oci:/mnt/images:warm-3 --json
   rekindle image pull oci:/mnt/images:warm-3
   rekindle image pull oci:/mnt/images:warm-3 team-b/warm
+  rekindle image push team-a/warm s3://images/node-1/
+  rekindle image pull s3://images/node-1/:team-a/warm     # the newest of that name
+
+A bucket is used as the configuration says in [[images.tier]], and for the namespaces that it says.
 
 An encrypted image travels encrypted. Without its key it is pulled under its own name only, and its chunks
 are compared when they are read.
 
-Exit codes: 0 done, 1 failed or refused for what it is, 2 wrong usage, 4 no such image or tag.";
+Exit codes: 0 done, 1 failed or refused for what it is, 2 wrong usage, 3 refused (no tier of the configuration),
+4 no such image or tag.";
 
 const GC_EXAMPLES: &str = "\
 Examples:
@@ -128,7 +134,7 @@ enum ImageCommand {
         #[arg(long)]
         force: bool,
     },
-    /// Copy an image into an OCI image layout, a folder. What is there already is not written again.
+    /// Copy an image into an OCI image layout, in a folder or a bucket. What is there already is not written again.
     #[command(after_help = OCI_EXAMPLES)]
     Push(oci::PushArgs),
     /// Take an image out of an OCI image layout, verify it, and make it the next generation.
@@ -154,7 +160,7 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
     tokio::task::block_in_place(|| match args.command {
         ImageCommand::Ls { namespace, json } => ls(&store, namespace.as_ref(), json),
         ImageCommand::Show { which, json } => show::run(&store, config, &which, json),
-        ImageCommand::Push(args) => oci::push(&store, &args),
+        ImageCommand::Push(args) => oci::push(&store, config, &args),
         ImageCommand::Pull(args) => oci::pull(&store, config, &args),
         ImageCommand::Diff(args) => diff::run(&store, config, &args),
         ImageCommand::Verify { images, namespace } => {

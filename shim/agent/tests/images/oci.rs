@@ -173,3 +173,27 @@ fn a_killed_pull_leaves_no_half_image() {
     assert!(killed > 0);
     println!("of 14 pulls {killed} were killed, and {finished} had ended");
 }
+
+#[test]
+fn a_bucket_is_for_those_whom_the_configuration_names() {
+    // Nobody listens there: what is refused is refused before it is asked.
+    let node = Node::with(
+        "[[images.tier]]\nurl = \"s3://images/a/\"\nnamespaces = [\"team-a\"]\n\
+         endpoint = \"http://127.0.0.1:1\"\nanonymous = true\n",
+    );
+    node.make("team-a/warm", b"one");
+    node.make("team-b/warm", b"two");
+    let refused = ["no tier of images", "[[images.tier]]"];
+    for args in [
+        &["push", "team-b/warm", "s3://images/a/"][..],
+        &["push", "team-a/warm", "s3://images/"],
+        &["push", "team-a/warm", "s3://images/b/"],
+        &["push", "team-a/warm", "s3://other/a/"],
+        &["pull", "s3://images/a/:team-b/warm"],
+        &["pull", "s3://images/a/:team-a/warm", "team-b/warm"],
+        &["pull", "-n", "team-b", "s3://images/a/"],
+        &["pull", "s3://other/"],
+    ] {
+        node.fails(args, 3, &refused);
+    }
+}

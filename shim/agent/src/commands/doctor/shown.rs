@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use rekindle_core::{
-    config::{Compression, Export, ImageKey, NodeConfig, Paging, Source},
+    config::{Compression, Export, ImageKey, NodeConfig, Paging, Source, Tier},
     size,
 };
 use serde::Serialize;
@@ -33,11 +33,14 @@ struct Deadlines {
 struct Images<'a> {
     root: &'a Path,
     compression: Compression,
+    precopy: bool,
     retention: Retention,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     key: &'a [ImageKey],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     export: &'a [Export],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tier: &'a [Tier],
 }
 
 #[derive(Debug, Serialize)]
@@ -78,6 +81,7 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
             images: Images {
                 root: &config.images.root,
                 compression: config.images.compression,
+                precopy: config.images.precopy,
                 retention: Retention {
                     keep: config.images.retention.keep,
                     idle: config.images.retention.idle.map(duration),
@@ -87,6 +91,7 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
                 },
                 key: &config.images.keys,
                 export: &config.images.exports,
+                tier: &config.images.tiers,
             },
             datasets: Datasets {
                 root: &config.datasets.root,
@@ -122,6 +127,7 @@ mod tests {
             [images]
             root = "/srv/images"
             compression = "lz4"
+            precopy = false
             export = [{ namespace = "team-a", name = "warm", to = ["team-b"] }]
             [images.retention]
             keep = 2
@@ -133,6 +139,11 @@ mod tests {
             id = "a"
             namespaces = ["team-a"]
             command = ["/bin/keys", "a"]
+            [[images.tier]]
+            url = "s3://images/node/"
+            namespaces = ["team-a"]
+            endpoint = "http://s3.example.com"
+            anonymous = true
             [datasets]
             root = "/srv/datasets"
             concurrency = 4
