@@ -150,6 +150,14 @@ pub enum LayoutError {
         /// Why.
         source: ManifestError,
     },
+    /// What is kept under an image's name is another one.
+    #[error("{tag} is refused: its manifest says that it is {claimed}")]
+    Misplaced {
+        /// The tag.
+        tag: String,
+        /// What the manifest says.
+        claimed: String,
+    },
     /// An encrypted image was to get another name.
     #[error(
         "{image} is encrypted with the key {key:?}, which this node does not have for {wanted}: its name is part of what the key proves, pull it under its own"

@@ -29,6 +29,18 @@ pub(crate) fn at(
     open(config, tier, place, Tuning::default())
 }
 
+/// The layout of the tier that has the images of a namespace; none where there is none. Blocks.
+pub(crate) fn of(
+    config: &NodeConfig,
+    namespace: &Namespace,
+    tuning: Tuning,
+) -> anyhow::Result<Option<Layout>> {
+    let Some(tier) = config.tier_for(namespace) else {
+        return Ok(None);
+    };
+    open(config, tier, &tier.url.parse()?, tuning).map(Some)
+}
+
 /// Refuses a bucket that is no tier of a namespace.
 pub(crate) fn admit(
     config: &NodeConfig,

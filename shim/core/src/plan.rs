@@ -33,6 +33,8 @@ pub struct Plan {
     pub datasets: Vec<DatasetRequest>,
     /// The image it starts from, if any.
     pub restore: Option<RestorePlan>,
+    /// For a sandbox: the image that a container of the pod will start from, to be fetched where it is not on the node.
+    pub ahead: Option<RestorePlan>,
     /// The images that are made of it while it runs, in its own namespace.
     pub checkpoint: Option<CheckpointRequest>,
 }
@@ -88,7 +90,7 @@ impl Plan {
             }
         }
         let meant = identity.is_meant(request.container.as_deref());
-        let mut restore = None;
+        let (mut restore, mut ahead) = (None, None);
         if let Some(image) = request.restore_from {
             let namespace = image
                 .namespace
@@ -101,13 +103,16 @@ impl Plan {
                     user,
                 });
             }
+            let plan = RestorePlan {
+                namespace,
+                name: image.name,
+                generation: image.generation,
+                policy: request.restore_policy,
+            };
             if meant {
-                restore = Some(RestorePlan {
-                    namespace,
-                    name: image.name,
-                    generation: image.generation,
-                    policy: request.restore_policy,
-                });
+                restore = Some(plan);
+            } else if identity.role == Role::Sandbox {
+                ahead = Some(plan);
             }
         }
         let checkpoint = request.checkpoint.filter(|_| meant);
@@ -122,6 +127,7 @@ impl Plan {
             identity,
             datasets,
             restore,
+            ahead,
             checkpoint,
         })
     }
@@ -170,8 +176,10 @@ mod tests {
         ];
         let sandbox = resolve("sandbox", "", &pairs).unwrap();
         assert_eq!((sandbox.datasets.len(), sandbox.restore), (2, None));
+        assert_eq!(sandbox.ahead.unwrap().name.as_str(), "warm");
         let one = resolve("container", "one", &pairs).unwrap();
         assert_eq!((one.datasets.len(), one.restore.is_some()), (2, true));
+        assert_eq!(one.ahead, None);
         let two = resolve("container", "two", &pairs).unwrap();
         assert_eq!((two.datasets.len(), two.restore), (1, None));
     }

@@ -14,6 +14,7 @@ mod refused;
 mod sealed;
 mod stage;
 mod tasks;
+mod tier;
 mod unmade;
 
 macro_rules! tests {
@@ -71,8 +72,17 @@ images! {
         sealed {
             it_continues_and_nothing_is_in_clear
         }
+        tier {
+            a_miss_is_fetched_and_stays
+        }
     }
     once {
+        tier {
+            many_pods_fetch_once
+            a_tier_that_fails_is_a_miss
+            what_a_tier_does_not_have_is_a_miss
+            another_namespaces_image_under_its_name_is_refused
+        }
         tasks {
             every_process_is_who_it_was
             programs_that_start_others_all_the_time

@@ -77,6 +77,27 @@ impl Layout {
         })
     }
 
+    /// Finds the newest image of a name in a bucket, which has to say itself that it is called so.
+    ///
+    /// # Errors
+    /// As [`Layout::find`]; [`LayoutError::Misplaced`].
+    pub fn find_image(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+    ) -> Result<Found<'_>, LayoutError> {
+        let tag = format!("{namespace}/{name}");
+        let found = self.find(Some(&tag))?;
+        let manifest = &found.manifest;
+        if (&manifest.namespace, &manifest.name) != (namespace, name) {
+            return Err(LayoutError::Misplaced {
+                tag,
+                claimed: format!("{}/{}", manifest.namespace, manifest.name),
+            });
+        }
+        Ok(found)
+    }
+
     fn chosen(&self, wanted: Option<&str>) -> Result<(String, Descriptor), LayoutError> {
         #[cfg(feature = "s3")]
         if let super::Place::Bucket(remote) = &self.place

@@ -23,6 +23,7 @@ use crate::{
 };
 
 mod diff;
+mod fetch;
 mod gc;
 mod oci;
 mod opened;
@@ -37,6 +38,7 @@ Examples:
   rekindle image push team-a/warm oci:/mnt/images
   rekindle image pull oci:/mnt/images
   rekindle image push team-a/warm s3://images/
+  rekindle image fetch team-a/warm
   rekindle image verify team-a/warm@3
   rekindle image rm team-a/warm@1
   rekindle image gc --dry-run
@@ -74,6 +76,15 @@ are compared when they are read.
 
 Exit codes: 0 done, 1 failed or refused for what it is, 2 wrong usage, 3 refused (no tier of the configuration),
 4 no such image or tag.";
+
+const FETCH_EXAMPLES: &str = "\
+Examples:
+  rekindle image fetch team-a/warm
+  rekindle image fetch -n team-a warm --json
+
+A restore does the same by itself. The image is verified before it appears, and stays on the node.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 neither here nor in the tier.";
 
 const GC_EXAMPLES: &str = "\
 Examples:
@@ -140,6 +151,9 @@ enum ImageCommand {
     /// Take an image out of an OCI image layout, verify it, and make it the next generation.
     #[command(after_help = OCI_EXAMPLES)]
     Pull(oci::PullArgs),
+    /// Have the newest image of a name on this node: fetch it from its namespace's tier, if it is not here.
+    #[command(after_help = FETCH_EXAMPLES)]
+    Fetch(fetch::FetchArgs),
     /// Make room: remove what the node's rules, or these, say may go, and what killed checkpoints left.
     #[command(after_help = GC_EXAMPLES)]
     Gc(gc::GcArgs),
@@ -162,6 +176,7 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
         ImageCommand::Show { which, json } => show::run(&store, config, &which, json),
         ImageCommand::Push(args) => oci::push(&store, config, &args),
         ImageCommand::Pull(args) => oci::pull(&store, config, &args),
+        ImageCommand::Fetch(args) => fetch::run(&store, config, &args),
         ImageCommand::Diff(args) => diff::run(&store, config, &args),
         ImageCommand::Verify { images, namespace } => {
             verify(&store, config, &images, namespace.as_ref())
