@@ -4,6 +4,7 @@
 //! and never looks at it again.
 #![forbid(unsafe_code)]
 
+mod agent;
 mod cli;
 mod commands;
 mod config;
@@ -23,7 +24,11 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
-    output::log_to_stderr();
+    output::log_to_stderr(match cli.command {
+        // A daemon's log is all that is known of it.
+        cli::Command::Agent(_) => "warn,rekindle=info",
+        _ => "warn",
+    });
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;

@@ -70,6 +70,7 @@ fn every_key_of_the_configuration_is_documented_and_no_other() {
         ("`[[images.export]]`", "[[images.export]]"),
         ("`[restore]`", "[restore]"),
         ("`[deadlines]`", "[deadlines]"),
+        ("`[agent]`", "[agent]"),
     ] {
         // serde lists the keys there are when it meets one that there is not.
         let error = NodeConfig::parse("", &format!("{table}\nno-such-key = 1\n")).unwrap_err();

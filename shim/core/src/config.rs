@@ -205,6 +205,13 @@ pub struct Restore {
     pub paging: Paging,
 }
 
+/// The node's agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Agent {
+    /// It rests so long between two rounds.
+    pub every: Duration,
+}
+
 /// How long the shim waits for what. All lie inside the kubelet's own limits (`docs/DESIGN.md`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Deadlines {
@@ -242,6 +249,8 @@ pub struct NodeConfig {
     pub restore: Restore,
     /// Deadlines.
     pub deadlines: Deadlines,
+    /// The node's agent.
+    pub agent: Agent,
 }
 
 /// Why a configuration was refused.
@@ -276,6 +285,7 @@ struct Raw {
     images: RawImages,
     restore: RawRestore,
     deadlines: RawDeadlines,
+    agent: RawAgent,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -314,6 +324,13 @@ struct RawDeadlines {
     container: Option<Duration>,
     #[serde(deserialize_with = "crate::duration::deserialize")]
     checkpoint: Option<Duration>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawAgent {
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    every: Option<Duration>,
 }
 
 impl Default for NodeConfig {
@@ -369,6 +386,10 @@ impl NodeConfig {
                     "an absolute path is needed",
                 ));
             }
+        }
+        if raw.agent.every.is_some_and(|every| every.is_zero()) {
+            let reason = "some time has to be between two rounds";
+            return Err(refuse("agent.every", "0s".to_owned(), reason));
         }
         if let Some((name, value, reason)) = raw.images.retention.fault() {
             return Err(refuse(name, value, reason));
@@ -485,6 +506,10 @@ impl Raw {
             },
             restore: Restore {
                 paging: self.restore.paging,
+            },
+            agent: Agent {
+                // A round that finds nothing to do reads one manifest of each image.
+                every: self.agent.every.unwrap_or(Duration::from_secs(60)),
             },
             deadlines: Deadlines {
                 sandbox_data: self

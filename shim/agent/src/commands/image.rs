@@ -26,7 +26,7 @@ mod diff;
 mod fetch;
 mod gc;
 mod oci;
-mod opened;
+pub(crate) mod opened;
 mod show;
 
 const EXAMPLES: &str = "\

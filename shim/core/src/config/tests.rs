@@ -180,6 +180,10 @@ fn what_is_wrong_is_named() {
             "[[images.tier]]\nurl = \"s3://images/\"\nnamespaces = []\nregoin = \"x\"",
             &["regoin", "region"],
         ),
+        (
+            "[agent]\nevery = \"0s\"",
+            &["agent.every", "between two rounds"],
+        ),
         ("[deadlines]\ncontainer = \"90\"", &["90", "unit"]),
         ("[restore]\npaging = \"soon\"", &["soon", "lazy"]),
         (

@@ -12,6 +12,7 @@ use serde::Serialize;
 pub(super) struct Shown<'a> {
     restore: Restore,
     deadlines: Deadlines,
+    agent: Agent,
     images: Images<'a>,
     datasets: Datasets<'a>,
 }
@@ -27,6 +28,11 @@ struct Deadlines {
     sandbox_data: String,
     container: String,
     checkpoint: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Agent {
+    every: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -78,6 +84,9 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
                 container: duration(config.deadlines.container),
                 checkpoint: duration(config.deadlines.checkpoint),
             },
+            agent: Agent {
+                every: duration(config.agent.every),
+            },
             images: Images {
                 root: &config.images.root,
                 compression: config.images.compression,
@@ -124,6 +133,8 @@ mod tests {
             sandbox-data = "3m"
             container = "80s"
             checkpoint = "1m500ms"
+            [agent]
+            every = "10s"
             [images]
             root = "/srv/images"
             compression = "lz4"
