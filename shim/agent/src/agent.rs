@@ -13,8 +13,8 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::atomic::AtomicU64,
-    time::{SystemTime, UNIX_EPOCH},
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
@@ -31,15 +31,24 @@ use rekindle_core::{
 };
 use rekindle_store::s3::Tuning;
 
-use crate::{commands::image::opened::Room, keys, tier};
+use crate::{
+    api::{Event, Kind, Told},
+    commands::image::opened::Room,
+    keys, tier,
+};
+
+/// Between two words about how far something is.
+const TICK: Duration = Duration::from_millis(250);
 
 /// The agent, and what it remembers between rounds.
 pub(crate) struct Agent {
     store: ImageStore,
-    /// Images that were whole in their tier when that was last asked.
-    replicated: HashSet<String>,
+    /// What it tells of itself; among that the images that were whole in their tier when that was last asked.
+    told: Told,
     /// Images that were told to be damaged: once is enough.
     damaged: HashSet<String>,
+    /// The images of the last round; none before the first.
+    there: Option<HashSet<String>>,
 }
 
 /// The tiers that were asked for in a round.
@@ -64,14 +73,28 @@ impl Agent {
     pub(crate) fn new(config: &NodeConfig) -> anyhow::Result<Self> {
         Ok(Self {
             store: ImageStore::open(&config.images.root)?,
-            replicated: HashSet::new(),
+            told: Told::new(),
             damaged: HashSet::new(),
+            there: None,
         })
+    }
+
+    pub(crate) fn store(&self) -> &ImageStore {
+        &self.store
+    }
+
+    pub(crate) fn told(&self) -> &Told {
+        &self.told
     }
 
     /// A step that begins.
     pub(crate) fn begins(&self, step: AgentStep) {
         tracing::debug!(?step, "begins");
+        let event = Event {
+            step: step.name().to_owned(),
+            ..Event::default()
+        };
+        self.told.event(Kind::STEP, event);
     }
 
     /// Goes round once; says how often something failed.
@@ -108,9 +131,29 @@ impl Agent {
             if let Err(error) = done {
                 failed += 1;
                 tracing::error!("{}: {error:#}", step.name());
+                self.failed("", format!("{error:#}"));
             }
         }
         failed
+    }
+
+    /// Tells that something failed, of which the log has been told.
+    fn failed(&self, image: &str, message: String) {
+        let event = Event {
+            image: image.to_owned(),
+            message,
+            ..Event::default()
+        };
+        self.told.event(Kind::FAILED, event);
+    }
+
+    /// Tells of an image.
+    fn of(&self, kind: Kind, image: &str) {
+        let event = Event {
+            image: image.to_owned(),
+            ..Event::default()
+        };
+        self.told.event(kind, event);
     }
 
     fn sweep(&self) -> anyhow::Result<()> {
@@ -127,8 +170,17 @@ impl Agent {
         let mut images = self.store.inventory(None)?;
         images.sort_by_key(|held| std::cmp::Reverse((held.last_used, held.generation)));
         let there: HashSet<String> = images.iter().map(reference).collect();
-        self.replicated.retain(|image| there.contains(image));
-        self.damaged.retain(|image| there.contains(image));
+        let still = |image: &String| there.contains(image);
+        self.told.replicated(|all| all.retain(still));
+        self.damaged.retain(still);
+        if let Some(before) = self.there.replace(there.clone()) {
+            for image in there.difference(&before) {
+                self.of(Kind::APPEARED, image);
+            }
+            for image in before.difference(&there) {
+                self.of(Kind::DISAPPEARED, image);
+            }
+        }
         Ok(images)
     }
 
@@ -138,6 +190,7 @@ impl Agent {
         for held in images {
             let replica = self.replica(held, tiers).unwrap_or_else(|error| {
                 tracing::warn!(image = reference(held), "not replicated: {error:#}");
+                self.failed(&reference(held), format!("not replicated: {error:#}"));
                 Replica::Failed
             });
             // Somebody needs it: its tier.
@@ -153,7 +206,7 @@ impl Agent {
             return Ok(Replica::NotWanted);
         };
         let image = reference(held);
-        if self.replicated.contains(&image) {
+        if self.told.replicated(|all| all.contains(&image)) {
             return Ok(Replica::Whole);
         }
         let Some(layout) = layout? else {
@@ -175,7 +228,7 @@ impl Agent {
         match pushed {
             Ok(done) => {
                 if done {
-                    self.replicated.insert(image);
+                    self.told.replicated(|all| all.insert(image));
                     return Ok(Replica::Whole);
                 }
                 Ok(Replica::Failed)
@@ -208,13 +261,43 @@ impl Agent {
                 image = reference,
                 "not replicated, and not removed: {error:#}"
             );
+            self.failed(
+                &reference,
+                format!("not replicated, and not removed: {error:#}"),
+            );
             self.damaged.insert(reference);
             return Ok(false);
         }
-        let pushed = layout.push(sealed, &layout.tag_for(sealed), &AtomicU64::new(0))?;
+        let tag = layout.tag_for(sealed);
+        let pushed = self.watched(sealed, |done| layout.push(sealed, &tag, done))?;
         let (bytes, written) = (pushed.bytes, pushed.written);
         tracing::info!(image = reference, bytes, written, "replicated");
+        self.of(Kind::REPLICATED, &reference);
         Ok(true)
+    }
+
+    /// Puts an image somewhere, and tells how far that is.
+    fn watched<T: Send>(
+        &self,
+        sealed: &SealedImage,
+        work: impl FnOnce(&AtomicU64) -> T + Send,
+    ) -> T {
+        let (done, total) = (AtomicU64::new(0), sealed.manifest().total_bytes());
+        let result = std::thread::scope(|scope| {
+            let working = scope.spawn(|| work(&done));
+            while !working.is_finished() {
+                let event = Event {
+                    image: sealed.reference(),
+                    done: done.load(Ordering::Relaxed),
+                    total,
+                    ..Event::default()
+                };
+                self.told.event(Kind::REPLICATING, event);
+                std::thread::park_timeout(TICK);
+            }
+            working.join()
+        });
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Reads all of an image that this node has the key of, and as much as can be compared of another one.
@@ -257,12 +340,23 @@ impl Agent {
                 Ok(Some(Evicted::Freed(bytes))) => {
                     let why = rule(removal.reason);
                     tracing::info!(image, bytes, why, "removed");
+                    let event = Event {
+                        image,
+                        done: bytes,
+                        message: why.to_owned(),
+                        ..Event::default()
+                    };
+                    self.told.event(Kind::REMOVED, event);
                 }
                 Ok(Some(Evicted::Used | Evicted::Gone)) => {}
-                Ok(None) => tracing::warn!(image, "kept: its tier does not have it any more"),
+                Ok(None) => {
+                    tracing::warn!(image, "kept: its tier does not have it any more");
+                    self.told.replicated(|all| all.remove(&image));
+                }
                 Err(error) => {
                     failed += 1;
                     tracing::warn!(image, "not removed: {error:#}");
+                    self.failed(&image, format!("not removed: {error:#}"));
                 }
             }
         }
@@ -317,7 +411,8 @@ impl Tiers<'_> {
     }
 }
 
-fn reference(held: &Held) -> String {
+/// `NAMESPACE/NAME@GENERATION`.
+pub(crate) fn reference(held: &Held) -> String {
     format!("{}/{}@{}", held.namespace, held.name, held.generation)
 }
 

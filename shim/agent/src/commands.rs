@@ -25,7 +25,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Checkpoint(args) => checkpoint::run(args, &config()?).await,
         Command::Image(args) => image::run(args, &config()?).await,
-        Command::Agent(args) => agent::run(&args, config).await,
+        Command::Agent(args) => agent::run(&args, cli.config.as_deref(), config).await,
         Command::Prefetch(args) => prefetch::run(args, &config()?).await,
         Command::Dataset(args) => dataset::run(args, &config()?).await,
         Command::Doctor(args) => doctor::run(args, &config()?).await,

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod api;
 mod cli;
 mod commands;
 mod config;

@@ -206,10 +206,12 @@ pub struct Restore {
 }
 
 /// The node's agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Agent {
     /// It rests so long between two rounds.
     pub every: Duration,
+    /// The group, by name or number, that may use its API beside root.
+    pub group: Option<String>,
 }
 
 /// How long the shim waits for what. All lie inside the kubelet's own limits (`docs/DESIGN.md`).
@@ -331,6 +333,7 @@ struct RawDeadlines {
 struct RawAgent {
     #[serde(deserialize_with = "crate::duration::deserialize")]
     every: Option<Duration>,
+    group: Option<String>,
 }
 
 impl Default for NodeConfig {
@@ -510,6 +513,7 @@ impl Raw {
             agent: Agent {
                 // A round that finds nothing to do reads one manifest of each image.
                 every: self.agent.every.unwrap_or(Duration::from_secs(60)),
+                group: self.agent.group,
             },
             deadlines: Deadlines {
                 sandbox_data: self

@@ -12,7 +12,7 @@ use serde::Serialize;
 pub(super) struct Shown<'a> {
     restore: Restore,
     deadlines: Deadlines,
-    agent: Agent,
+    agent: Agent<'a>,
     images: Images<'a>,
     datasets: Datasets<'a>,
 }
@@ -31,8 +31,10 @@ struct Deadlines {
 }
 
 #[derive(Debug, Serialize)]
-struct Agent {
+struct Agent<'a> {
     every: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<&'a str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -86,6 +88,7 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
             },
             agent: Agent {
                 every: duration(config.agent.every),
+                group: config.agent.group.as_deref(),
             },
             images: Images {
                 root: &config.images.root,
@@ -135,6 +138,7 @@ mod tests {
             checkpoint = "1m500ms"
             [agent]
             every = "10s"
+            group = "rekindle"
             [images]
             root = "/srv/images"
             compression = "lz4"
