@@ -64,7 +64,7 @@ test-unit: ## unit tests only: no root, no node
 	$(CARGO) test --workspace --exclude rekindle-tests
 
 test-suites: build ## the suites that need a real containerd (as root)
-	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test data --test node --test torch --test vm
+	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test data --test agent --test node --test torch --test vm
 
 test-dist: deps build dist-shim ## the lifecycle suite on the shim that make dist makes (as root)
 	REKINDLE_BIN_DIR="$(CURDIR)/dist" REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle
@@ -108,6 +108,7 @@ bench: deps build dist ## the figures of docs/BENCHMARKS.md (as root); ARGS="shi
 dist: deps-build dist-shim ## what a node gets: optimised programs in dist/
 	$(CARGO) build --profile dist --package rekindle
 	install -D -t dist "$(BUILT)/dist/rekindle"
+	install -m 0644 -t dist runtimeclass/systemd/rekindle-agent.service
 	cd dist && sha256sum containerd-shim-rekindle-v1 rekindle > SHA256SUMS
 
 # The shim is built by itself: together with the CLI it would get the CLI's features, and with them a network client.

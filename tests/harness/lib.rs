@@ -30,5 +30,5 @@ pub use container::{Container, Exec};
 pub use counter::Count;
 pub use cri::Pod;
 pub use images::Image;
-pub use node::{Node, NodeConfig, Runtime};
+pub use node::{Node, NodeConfig, Runtime, cli, s3_server};
 pub use root::Suite;

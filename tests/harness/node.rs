@@ -429,15 +429,24 @@ fn built() -> Result<PathBuf> {
         .to_path_buf())
 }
 
+/// `rekindle`.
+pub fn cli() -> Result<PathBuf> {
+    Ok(programs()?.join("rekindle"))
+}
+
+/// The S3 server, which is no program under test: an optimised build of those has none.
+pub fn s3_server() -> Result<PathBuf> {
+    let server = programs()?.join(S3_SERVER);
+    match (server.is_file(), built()) {
+        (false, Ok(built)) => Ok(built.join(S3_SERVER)),
+        _ => Ok(server),
+    }
+}
+
 /// Puts the programs under test into a folder.
 fn install_programs(bin: &Path) -> Result<()> {
     let from = programs()?;
-    // The S3 server is no program under test: an optimised build of those has none.
-    let server = from.join(S3_SERVER);
-    let server = match (server.is_file(), built()) {
-        (false, Ok(built)) => built.join(S3_SERVER),
-        _ => server,
-    };
+    let server = s3_server()?;
     fs::create_dir_all(bin)?;
     for binary in [from.join(SHIM), from.join("rekindle"), server] {
         if let (Some(name), true) = (binary.file_name(), binary.is_file()) {

@@ -31,10 +31,29 @@ pub fn source(bucket: &str) -> String {
     )
 }
 
+/// What a node's `config.toml` says about the server as a tier of a namespace's images, below a prefix of its own.
+pub fn tier(bucket: &str, namespace: &str) -> String {
+    format!(
+        "[[images.tier]]\nurl = \"s3://{bucket}/{namespace}/\"\nnamespaces = [\"{namespace}\"]\n\
+         endpoint = \"https://{LISTEN}\"\nca-file = \"{CA}\"\ncredentials-file = \"{CREDENTIALS}\"\n"
+    )
+}
+
 impl S3Server {
     /// Starts a server, and puts the files of `folder` under `prefix` of its `bucket`.
     pub async fn start(node: &Node, bucket: &str, prefix: &str, folder: &Path) -> Result<S3Server> {
-        fs::create_dir_all(node.path(ROOT))?;
+        let server = Self::empty(node, bucket).await?;
+        upload(node, bucket, prefix, folder)
+            .await
+            .with_context(|| {
+                format!("filling s3://{bucket}/{prefix}/ from {}", folder.display())
+            })?;
+        Ok(server)
+    }
+
+    /// Starts a server with an empty bucket.
+    pub async fn empty(node: &Node, bucket: &str) -> Result<S3Server> {
+        fs::create_dir_all(node.path(ROOT).join(bucket))?;
         fs::write(
             node.path(CREDENTIALS),
             format!(
@@ -69,11 +88,6 @@ impl S3Server {
                 String::from_utf8_lossy(&said.stderr).trim()
             );
         }
-        upload(node, bucket, prefix, folder)
-            .await
-            .with_context(|| {
-                format!("filling s3://{bucket}/{prefix}/ from {}", folder.display())
-            })?;
         Ok(S3Server { _process: process })
     }
 }

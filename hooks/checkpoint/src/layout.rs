@@ -1,5 +1,5 @@
 //! Images in an OCI image layout: a folder in which they travel from node to node, and to registries by tools that copy
-//! layouts.
+//! layouts, or the same below a prefix of a bucket.
 //!
 //! ```text
 //!  oci-layout               {"imageLayoutVersion": "1.0.0"}
@@ -25,12 +25,17 @@ use rekindle_store::StoreError;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "s3")]
+use rekindle_store::s3::S3Error;
+
 use crate::{
     image::ImageError,
     manifest::{self, INDEX_FILE, MANIFEST_DIGEST_FILE, ManifestError},
 };
 
 mod blobs;
+#[cfg(feature = "s3")]
+mod bucket;
 mod pull;
 mod push;
 
@@ -145,6 +150,14 @@ pub enum LayoutError {
         /// Why.
         source: ManifestError,
     },
+    /// What is kept under an image's name is another one.
+    #[error("{tag} is refused: its manifest says that it is {claimed}")]
+    Misplaced {
+        /// The tag.
+        tag: String,
+        /// What the manifest says.
+        claimed: String,
+    },
     /// An encrypted image was to get another name.
     #[error(
         "{image} is encrypted with the key {key:?}, which this node does not have for {wanted}: its name is part of what the key proves, pull it under its own"
@@ -163,6 +176,10 @@ pub enum LayoutError {
     /// The file system refused.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The object store refused, or is not there.
+    #[cfg(feature = "s3")]
+    #[error(transparent)]
+    Remote(#[from] S3Error),
 }
 
 impl LayoutError {
@@ -174,8 +191,17 @@ impl LayoutError {
 /// A layout.
 #[derive(Debug)]
 pub struct Layout {
+    /// What it is called in errors.
     path: PathBuf,
-    dir: File,
+    place: Place,
+}
+
+/// Where a layout is.
+#[derive(Debug)]
+enum Place {
+    Folder(File),
+    #[cfg(feature = "s3")]
+    Bucket(bucket::Remote),
 }
 
 /// OCI's content descriptor.
@@ -241,7 +267,7 @@ impl Layout {
             .map_err(|e| LayoutError::io("open the folder", path)(e.into()))?;
         let layout = Self {
             path: path.to_owned(),
-            dir: dir.into(),
+            place: Place::Folder(dir.into()),
         };
         let refuse = |reason: String| LayoutError::NotALayout {
             path: path.to_owned(),
@@ -265,24 +291,30 @@ impl Layout {
 
     /// Its tags, as `index.json` lists them.
     fn tags(&self) -> Result<Vec<Descriptor>, LayoutError> {
+        #[cfg(feature = "s3")]
+        if let Place::Bucket(remote) = &self.place {
+            return Ok(match remote.small(INDEX_JSON, MAX_INDEX_JSON)? {
+                Some(found) => self.json::<OciIndex>(INDEX_JSON, &found.bytes)?.manifests,
+                None => Vec::new(),
+            });
+        }
         let file = self.file(INDEX_JSON);
         let file = file.map_err(LayoutError::io("open", &self.path.join(INDEX_JSON)))?;
         let bytes = self.bounded(INDEX_JSON, file, MAX_INDEX_JSON)?;
         Ok(self.json::<OciIndex>(INDEX_JSON, &bytes)?.manifests)
     }
 
-    /// Opens a regular file of it for reading; not through any symlink, and not outside.
+    /// Opens a regular file of a folder for reading; not through any symlink, and not outside.
     fn file(&self, name: &str) -> io::Result<File> {
+        let dir = match &self.place {
+            Place::Folder(dir) => dir,
+            #[cfg(feature = "s3")]
+            Place::Bucket(_) => return Err(io::ErrorKind::Unsupported.into()),
+        };
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let resolve =
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let file = File::from(openat2(
-            self.dir.as_fd(),
-            name,
-            flags,
-            Mode::empty(),
-            resolve,
-        )?);
+        let file = File::from(openat2(dir.as_fd(), name, flags, Mode::empty(), resolve)?);
         if !file.metadata()?.is_file() {
             let reason = "it is not a regular file";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));

@@ -88,7 +88,7 @@ pub async fn acquire(
             uri: uri.to_string(),
             namespace: namespace.to_string(),
         })?;
-    let endpoint = source.endpoint.clone();
+    let endpoint = source.access.endpoint.clone();
     let acquisition = Acquisition {
         config,
         source,
@@ -265,7 +265,7 @@ impl Acquisition<'_> {
             .map_or(0, |since| since.as_secs());
         let manifest = Manifest::new(
             self.uri.to_string(),
-            self.source.endpoint.clone(),
+            self.source.access.endpoint.clone(),
             listing.version.clone(),
             published,
             files,

@@ -18,7 +18,11 @@ use std::{
     },
 };
 
-use rekindle_store::{Lock, StoreError, crc::Crc64};
+use rekindle_store::{
+    Lock, StoreError,
+    crc::Crc64,
+    s3::{Patience, sentence, stalled},
+};
 use rustix::{
     fs::{FallocateFlags, fallocate},
     io::Errno,
@@ -31,8 +35,7 @@ use crate::{
     journal::{Journal, PartId},
     listing::{Listing, Object},
     origin::{Failure, Origin},
-    s3::{Bucket, sentence, stalled},
-    tuning::Patience,
+    s3::Bucket,
 };
 
 mod sink;

@@ -141,6 +141,36 @@ pub enum DatasetError {
     Store(#[from] StoreError),
 }
 
+#[cfg(feature = "s3")]
+impl From<rekindle_store::s3::S3Error> for DatasetError {
+    fn from(error: rekindle_store::s3::S3Error) -> Self {
+        use rekindle_store::s3::S3Error;
+        match error {
+            S3Error::Denied { doing, answer } => Self::Denied { doing, answer },
+            S3Error::Missing { doing, answer } => Self::Missing { doing, answer },
+            S3Error::Answer { doing, answer } | S3Error::Unsupported { doing, answer } => {
+                Self::Answer { doing, answer }
+            }
+            S3Error::Unavailable {
+                doing,
+                attempts,
+                last,
+            } => Self::Unavailable {
+                doing,
+                attempts,
+                last,
+            },
+            S3Error::Changed { doing, found } => Self::Changed { doing, found },
+            // Of a store's client, and of files that are put into one: nobody here asks for either.
+            S3Error::Access(answer) => Self::Answer {
+                doing: "asking the store".to_owned(),
+                answer,
+            },
+            S3Error::File(error) => Self::Store(error),
+        }
+    }
+}
+
 /// The name that configuration, manifests and events use.
 pub(crate) fn name(verification: Verification) -> &'static str {
     match verification {

@@ -39,8 +39,6 @@ mod journal;
 mod origin;
 #[cfg(feature = "s3")]
 mod s3;
-#[cfg(feature = "s3")]
-mod tuning;
 
 pub use cache::{Cache, Damage, DatasetInfo, DatasetKey};
 pub use error::DatasetError;
@@ -53,4 +51,4 @@ pub use rekindle_store::Lock;
 #[cfg(feature = "s3")]
 pub use acquire::{Event, Ready, acquire};
 #[cfg(feature = "s3")]
-pub use tuning::Tuning;
+pub use rekindle_store::s3::Tuning;

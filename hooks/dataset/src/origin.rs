@@ -7,7 +7,9 @@ use rekindle_core::{
     uri::DatasetUri,
 };
 
-use crate::{DatasetError, Tuning, folder::Folder, listing::Listing, s3::Bucket};
+use rekindle_store::s3::Tuning;
+
+use crate::{DatasetError, folder::Folder, listing::Listing, s3::Bucket};
 
 /// How one attempt ended, when it did not succeed.
 #[derive(Debug)]

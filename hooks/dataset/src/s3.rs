@@ -1,28 +1,21 @@
-//! One S3 store: listing with checksums, and ranged GETs. The SDK signs and finds credentials; retries
-//! are the engine's, because the SDK's do not cover bodies and its quota drains on 503s.
-
-use std::{error::Error, future::Future, time::Duration};
+//! One S3 store: listing with checksums, and ranged GETs.
 
 use aws_sdk_s3::{
     Client,
-    config::http::HttpResponse,
-    error::{ProvideErrorMetadata, SdkError},
     operation::head_object::HeadObjectOutput,
     primitives::ByteStream,
     types::{ChecksumMode, ServerSideEncryption},
 };
 use futures::stream::{self, StreamExt, TryStreamExt};
 use rekindle_core::{config::Source, uri::DatasetUri};
+use rekindle_store::s3::{self, S3Error, Tuning, classify, persist};
 
 use crate::{
-    DatasetError, Tuning,
+    DatasetError,
     checksum::{Expected, Kind, decode},
     listing::{Keys, Listing, MAX_OBJECTS, Object},
     origin::Failure,
-    tuning::Patience,
 };
-
-mod client;
 
 /// Pages without a single key that are taken before a listing is called endless.
 const MAX_EMPTY_PAGES: usize = 100;
@@ -42,8 +35,16 @@ impl Bucket {
         concurrency: usize,
         tuning: Tuning,
     ) -> Result<Self, DatasetError> {
+        let client = s3::client(&source.access, concurrency).await;
+        let client = client.map_err(|e| match e {
+            S3Error::Access(reason) => DatasetError::Source {
+                allow: source.allow.clone(),
+                reason,
+            },
+            other => other.into(),
+        })?;
         Ok(Self {
-            client: client::new(source, concurrency).await?,
+            client,
             name: name.to_owned(),
             concurrency,
             tuning,
@@ -85,16 +86,15 @@ impl Bucket {
         let mut empty_pages = 0;
         loop {
             let doing = || format!("listing {uri}");
-            let page = self
-                .persist(&doing, || {
-                    self.client
-                        .list_objects_v2()
-                        .bucket(&self.name)
-                        .prefix(prefix)
-                        .set_continuation_token(token.clone())
-                        .send()
-                })
-                .await?;
+            let page = persist(self.tuning, &doing, || {
+                self.client
+                    .list_objects_v2()
+                    .bucket(&self.name)
+                    .prefix(prefix)
+                    .set_continuation_token(token.clone())
+                    .send()
+            })
+            .await?;
             for object in page.contents() {
                 let key = object.key().unwrap_or_default();
                 let size = object.size().unwrap_or_default();
@@ -163,7 +163,7 @@ impl Bucket {
         part: Option<i32>,
         doing: &impl Fn() -> String,
     ) -> Result<HeadObjectOutput, DatasetError> {
-        self.persist(doing, || {
+        let sent = persist(self.tuning, doing, || {
             self.client
                 .head_object()
                 .bucket(&self.name)
@@ -171,8 +171,8 @@ impl Bucket {
                 .set_part_number(part)
                 .checksum_mode(ChecksumMode::Enabled)
                 .send()
-        })
-        .await
+        });
+        Ok(sent.await?)
     }
 
     /// The strongest thing that the store says about the bytes; CRC-64/NVME first, because it is free.
@@ -257,7 +257,10 @@ impl Bucket {
             .set_if_match(etag.cloned())
             .send()
             .await;
-        let answer = sent.map_err(|error| classify(&error, &doing))?;
+        let answer = sent.map_err(|error| match classify(&error, &doing) {
+            s3::Failure::Final(error) => Failure::Final(error.into()),
+            s3::Failure::Again(reason) => Failure::Again(reason),
+        })?;
         // A store that ignores If-Match still says what it sends.
         if answer.e_tag().is_some_and(|found| *found != object.etag) {
             return Err(Failure::Final(DatasetError::Changed {
@@ -285,102 +288,4 @@ impl Bucket {
         }
         Ok(answer.body)
     }
-
-    /// Sends until there is an answer, or patience ends.
-    async fn persist<T, E, F>(
-        &self,
-        doing: &impl Fn() -> String,
-        send: impl Fn() -> F,
-    ) -> Result<T, DatasetError>
-    where
-        E: Error + ProvideErrorMetadata + Send + Sync + 'static,
-        F: Future<Output = Result<T, SdkError<E, HttpResponse>>>,
-    {
-        let mut patience = Patience::new(self.tuning);
-        loop {
-            let last = match tokio::time::timeout(self.tuning.stall, send()).await {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error)) => match classify(&error, doing) {
-                    Failure::Final(error) => return Err(error),
-                    Failure::Again(reason) => reason,
-                },
-                Err(_) => stalled(self.tuning.stall),
-            };
-            if !patience.wait().await {
-                return Err(DatasetError::Unavailable {
-                    doing: doing(),
-                    attempts: patience.failed(),
-                    last,
-                });
-            }
-        }
-    }
-}
-
-/// How a request that brought nothing ended.
-pub(crate) fn stalled(after: Duration) -> String {
-    format!("no answer for {} ms", after.as_millis())
-}
-
-/// Whether another attempt helps.
-fn classify<E>(error: &SdkError<E, HttpResponse>, doing: &impl Fn() -> String) -> Failure
-where
-    E: Error + ProvideErrorMetadata + Send + Sync + 'static,
-{
-    let doing = doing();
-    let SdkError::ServiceError(service) = error else {
-        let answer = sentence(error);
-        return match hopeless(error) {
-            true => Failure::Final(DatasetError::Answer { doing, answer }),
-            false => Failure::Again(answer),
-        };
-    };
-    let status = service.raw().status().as_u16();
-    let code = service.err().code().unwrap_or_default();
-    let message = service.err().message().unwrap_or_default();
-    let answer = [&format!("HTTP {status}"), code, message]
-        .into_iter()
-        .filter(|word| !word.is_empty())
-        .collect::<Vec<_>>()
-        .join(" ");
-    match (status, code) {
-        (408 | 429 | 500..=599, _) | (400, "RequestTimeout") => Failure::Again(answer),
-        (401 | 403, _) => Failure::Final(DatasetError::Denied { doing, answer }),
-        (404, _) => Failure::Final(DatasetError::Missing { doing, answer }),
-        // 416: the range that the listing promised is not there any more.
-        (412 | 416, _) => Failure::Final(DatasetError::Changed {
-            doing,
-            found: answer,
-        }),
-        _ => Failure::Final(DatasetError::Answer { doing, answer }),
-    }
-}
-
-/// No credentials, or a certificate that nobody here trusts: the same at every attempt.
-fn hopeless(error: &(dyn Error + 'static)) -> bool {
-    use rustls::Error::InvalidCertificate;
-    if matches!(error.downcast_ref(), Some(InvalidCertificate(_)))
-        || error.is::<aws_credential_types::provider::error::CredentialsError>()
-    {
-        return true;
-    }
-    // An I/O error hides what it was made of from `source`.
-    let made_of = error
-        .downcast_ref::<std::io::Error>()
-        .and_then(std::io::Error::get_ref);
-    made_of.is_some_and(|made_of| hopeless(made_of)) || error.source().is_some_and(hopeless)
-}
-
-/// An error with its causes, each said once. The SDK's own form adds a dump of its types.
-pub(crate) fn sentence(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let said = cause.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        next = cause.source();
-    }
-    text
 }

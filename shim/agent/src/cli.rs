@@ -43,6 +43,8 @@ pub(crate) enum Command {
     Prefetch(commands::prefetch::PrefetchArgs),
     /// List, verify and remove this node's datasets.
     Dataset(commands::dataset::DatasetArgs),
+    /// Keep this node's images: copies in their tiers, room on the disk, nothing left by what was killed.
+    Agent(commands::agent::AgentArgs),
     /// Check this node and print its resolved configuration.
     Doctor(commands::doctor::DoctorArgs),
     /// Print a completion script for a shell.

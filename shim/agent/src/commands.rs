@@ -7,6 +7,7 @@ use crate::{
     config,
 };
 
+pub(crate) mod agent;
 pub(crate) mod await_warm;
 pub(crate) mod checkpoint;
 pub(crate) mod completion;
@@ -27,6 +28,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Checkpoint(args) => checkpoint::run(args, &config()?).await,
         Command::Restore(args) => restore::run(args, &config()?).await,
         Command::Image(args) => image::run(args, &config()?).await,
+        Command::Agent(args) => agent::run(&args, cli.config.as_deref(), config).await,
         Command::Prefetch(args) => prefetch::run(args, &config()?).await,
         Command::Dataset(args) => dataset::run(args, &config()?).await,
         Command::Doctor(args) => doctor::run(args, &config()?).await,

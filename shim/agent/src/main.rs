@@ -4,6 +4,8 @@
 //! and never looks at it again.
 #![forbid(unsafe_code)]
 
+mod agent;
+mod api;
 mod cli;
 mod commands;
 mod config;
@@ -11,6 +13,7 @@ mod containerd;
 mod exit;
 mod keys;
 mod output;
+mod tier;
 
 use std::process::ExitCode;
 
@@ -22,7 +25,11 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
-    output::log_to_stderr();
+    output::log_to_stderr(match cli.command {
+        // A daemon's log is all that is known of it.
+        cli::Command::Agent(_) => "warn,rekindle=info",
+        _ => "warn",
+    });
     if let cli::Command::Await(args) = &cli.command {
         return commands::await_warm::run(args);
     }

@@ -35,9 +35,9 @@ pub(crate) fn error(error: &anyhow::Error) {
     eprintln!("rekindle: {error:#}");
 }
 
-/// Warnings of the libraries go to stderr; `REKINDLE_LOG=debug` shows more.
-pub(crate) fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env("REKINDLE_LOG").unwrap_or_else(|_| "warn".into());
+/// What `usual` lets through goes to stderr, warnings of the libraries above all; `REKINDLE_LOG=debug` shows more.
+pub(crate) fn log_to_stderr(usual: &str) {
+    let filter = EnvFilter::try_from_env("REKINDLE_LOG").unwrap_or_else(|_| usual.into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(stderr)

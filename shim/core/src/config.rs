@@ -12,9 +12,13 @@ use crate::{
     uri::DatasetUri,
 };
 
+mod access;
 mod retention;
+mod tier;
 
+pub use access::S3Access;
 pub use retention::Retention;
+pub use tier::Tier;
 
 /// How weakly a dataset's file may be verified and still be published. Ordered from weak to strong.
 #[derive(
@@ -47,40 +51,39 @@ pub enum Paging {
 /// One allowed source of datasets. The first whose `allow` is a prefix of the URI and which names the
 /// pod's namespace serves it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(from = "RawSource", rename_all = "kebab-case")]
 pub struct Source {
     /// A URI prefix that ends with a slash: `s3://models/`, `file:///srv/data/`.
     pub allow: String,
     /// The namespaces that may use it; `"*"` means all. Empty means none.
-    #[serde(default)]
     pub namespaces: Vec<String>,
-    /// `https://host:port`; none means AWS.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub endpoint: Option<String>,
-    /// The region to sign for; none means the SDK's chain, then `us-east-1`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub region: Option<String>,
-    /// `endpoint/bucket/key` instead of `bucket.endpoint/key`. Defaults to true with an `endpoint`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path_style: Option<bool>,
-    /// PEM file of extra certificate authorities.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ca_file: Option<PathBuf>,
-    /// AWS shared-credentials file for this source, instead of the SDK's chain.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub credentials_file: Option<PathBuf>,
-    /// Profile in the credentials file.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub profile: Option<String>,
-    /// Send no credentials at all.
-    #[serde(default)]
-    pub anonymous: bool,
-    /// Ask the instance metadata service for credentials. Off unless asked for: off AWS it only stalls.
-    #[serde(default)]
-    pub instance_metadata: bool,
+    /// How its store is reached.
+    #[serde(flatten)]
+    pub access: S3Access,
     /// Files that can only be verified more weakly than this are refused.
-    #[serde(default)]
     pub minimum_verification: Verification,
+}
+
+access::reached! {
+    RawSource {
+        allow: String,
+        #[serde(default)]
+        namespaces: Vec<String>,
+        #[serde(default)]
+        minimum_verification: Verification,
+    }
+}
+
+impl From<RawSource> for Source {
+    fn from(raw: RawSource) -> Self {
+        let (access, raw) = raw.split();
+        Self {
+            allow: raw.allow,
+            namespaces: raw.namespaces,
+            access,
+            minimum_verification: raw.minimum_verification,
+        }
+    }
 }
 
 impl Source {
@@ -88,12 +91,14 @@ impl Source {
     pub fn serves(&self, uri: &DatasetUri, namespace: &Namespace) -> bool {
         // The allowed prefix ends with a slash, so `s3://models/` never matches `s3://models-private/`.
         // `s3://bucket` is written back with its slash.
-        uri.to_string().starts_with(&self.allow)
-            && self
-                .namespaces
-                .iter()
-                .any(|name| name == "*" || name == namespace.as_str())
+        uri.to_string().starts_with(&self.allow) && names(&self.namespaces, namespace)
     }
+}
+
+/// Whether a list of namespaces has this one; `"*"` means all.
+fn names(all: &[String], namespace: &Namespace) -> bool {
+    all.iter()
+        .any(|name| name == "*" || name == namespace.as_str())
 }
 
 /// One image that other namespaces may start from.
@@ -137,8 +142,7 @@ pub struct ImageKey {
 
 impl ImageKey {
     fn is_for(&self, namespace: &Namespace) -> bool {
-        let mut all = self.namespaces.iter();
-        all.any(|name| name == "*" || name == namespace.as_str())
+        names(&self.namespaces, namespace)
     }
 
     /// What is wrong with it: key, value and what is allowed.
@@ -190,6 +194,8 @@ pub struct Images {
     pub keys: Vec<ImageKey>,
     /// Which may go when room is needed.
     pub retention: Retention,
+    /// Object stores that have copies of images.
+    pub tiers: Vec<Tier>,
 }
 
 /// How containers are restored.
@@ -197,6 +203,15 @@ pub struct Images {
 pub struct Restore {
     /// Lazily or eagerly.
     pub paging: Paging,
+}
+
+/// The node's agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Agent {
+    /// It rests so long between two rounds.
+    pub every: Duration,
+    /// The group, by name or number, that may use its API beside root.
+    pub group: Option<String>,
 }
 
 /// How long the shim waits for what. All lie inside the kubelet's own limits (`docs/DESIGN.md`).
@@ -251,6 +266,8 @@ pub struct NodeConfig {
     pub warm_start: WarmStart,
     /// Deadlines.
     pub deadlines: Deadlines,
+    /// The node's agent.
+    pub agent: Agent,
 }
 
 /// Why a configuration was refused.
@@ -287,6 +304,7 @@ struct Raw {
     #[serde(rename = "warm-start")]
     warm_start: RawWarmStart,
     deadlines: RawDeadlines,
+    agent: RawAgent,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -307,6 +325,7 @@ struct RawImages {
     precopy: Option<bool>,
     key: Vec<ImageKey>,
     retention: retention::RawRetention,
+    tier: Vec<Tier>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -335,6 +354,14 @@ struct RawDeadlines {
     container: Option<Duration>,
     #[serde(deserialize_with = "crate::duration::deserialize")]
     checkpoint: Option<Duration>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawAgent {
+    #[serde(deserialize_with = "crate::duration::deserialize")]
+    every: Option<Duration>,
+    group: Option<String>,
 }
 
 impl Default for NodeConfig {
@@ -370,16 +397,13 @@ impl NodeConfig {
                     reason,
                 ));
             }
-            if let Some(endpoint) = &source.endpoint
-                && !endpoint.starts_with("https://")
-                && !endpoint.starts_with("http://")
-            {
-                let reason = "an endpoint begins with https:// (or http://, unencrypted)";
-                return Err(refuse(
-                    "datasets.source.endpoint",
-                    format!("{endpoint:?}"),
-                    reason,
-                ));
+            if let Some((value, reason)) = source.access.fault() {
+                return Err(refuse("datasets.source.endpoint", value, reason));
+            }
+        }
+        for tier in &raw.images.tier {
+            if let Some((key, value, reason)) = tier.fault() {
+                return Err(refuse(key, value, reason));
             }
         }
         for (key, root) in [
@@ -393,6 +417,10 @@ impl NodeConfig {
                     "an absolute path is needed",
                 ));
             }
+        }
+        if raw.agent.every.is_some_and(|every| every.is_zero()) {
+            let reason = "some time has to be between two rounds";
+            return Err(refuse("agent.every", "0s".to_owned(), reason));
         }
         if let Some((name, value, reason)) = raw.images.retention.fault() {
             return Err(refuse(name, value, reason));
@@ -469,6 +497,21 @@ impl NodeConfig {
         }
     }
 
+    /// The object store in which images of `namespace` have copies, if there is one.
+    pub fn tier_for(&self, namespace: &Namespace) -> Option<&Tier> {
+        let mut all = self.images.tiers.iter();
+        all.find(|tier| names(&tier.namespaces, namespace))
+    }
+
+    /// The object store that `place` lies in and that may have images of `namespace`, if there is one.
+    pub fn tier_at(&self, place: &DatasetUri, namespace: &Namespace) -> Option<&Tier> {
+        let mut all = self.images.tiers.iter();
+        // The prefix ends with a slash: `s3://a/x/` never begins `s3://a/x-private/`.
+        all.find(|tier| {
+            place.to_string().starts_with(&tier.url) && names(&tier.namespaces, namespace)
+        })
+    }
+
     /// Whether pods of `user` may start from the image `name` of `owner`.
     pub fn may_restore(&self, owner: &Namespace, name: &ImageName, user: &Namespace) -> bool {
         owner == user
@@ -500,6 +543,7 @@ impl Raw {
                 precopy: self.images.precopy.unwrap_or(true),
                 keys: self.images.key,
                 retention: self.images.retention.resolve(),
+                tiers: self.images.tier,
             },
             restore: Restore {
                 paging: self.restore.paging,
@@ -510,6 +554,11 @@ impl Raw {
                 failures: self.warm_start.failures.unwrap_or(3),
                 // Below it the kubelet evicts pods (`evictionHard`, `nodefs.available<10%`).
                 min_free: self.warm_start.min_free.unwrap_or(10),
+            },
+            agent: Agent {
+                // A round that finds nothing to do reads one manifest of each image.
+                every: self.agent.every.unwrap_or(Duration::from_secs(60)),
+                group: self.agent.group,
             },
             deadlines: Deadlines {
                 sandbox_data: self

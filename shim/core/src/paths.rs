@@ -4,6 +4,8 @@
 pub const CONFIG_FILE: &str = "/etc/rekindle/config.toml";
 /// Sockets over which runc hands over terminals; gone after a reboot.
 pub const RUN_DIR: &str = "/run/rekindle";
+/// The API of the node's agent.
+pub const AGENT_SOCKET: &str = "/run/rekindle/agent.sock";
 /// Datasets on the node's disk; see `rekindle-dataset` for what lies inside.
 pub const DATASETS_DIR: &str = "/var/lib/rekindle/datasets";
 /// Checkpoint images on the node's disk; see `rekindle-checkpoint` for what lies inside.

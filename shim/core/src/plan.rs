@@ -42,6 +42,8 @@ pub struct Plan {
     pub warm: Option<WarmRequest>,
     /// What it is told after a restore.
     pub after_restore: Option<AfterRestore>,
+    /// For a sandbox: the image that a container of the pod will start from, to be fetched where it is not on the node.
+    pub ahead: Option<RestorePlan>,
     /// The images that are made of it while it runs, in its own namespace.
     pub checkpoint: Option<CheckpointRequest>,
 }
@@ -97,7 +99,7 @@ impl Plan {
             }
         }
         let meant = identity.is_meant(request.container.as_deref());
-        let mut restore = None;
+        let (mut restore, mut ahead) = (None, None);
         if let Some(image) = request.restore_from {
             let namespace = image
                 .namespace
@@ -110,14 +112,17 @@ impl Plan {
                     user,
                 });
             }
+            let plan = RestorePlan {
+                namespace,
+                name: image.name,
+                generation: image.generation,
+                policy: request.restore_policy,
+                force: request.restore_force,
+            };
             if meant {
-                restore = Some(RestorePlan {
-                    namespace,
-                    name: image.name,
-                    generation: image.generation,
-                    policy: request.restore_policy,
-                    force: request.restore_force,
-                });
+                restore = Some(plan);
+            } else if identity.role == Role::Sandbox {
+                ahead = Some(plan);
             }
         }
         let checkpoint = request.checkpoint.filter(|_| meant);
@@ -136,6 +141,7 @@ impl Plan {
             restore,
             warm,
             after_restore,
+            ahead,
             checkpoint,
         })
     }
@@ -184,8 +190,10 @@ mod tests {
         ];
         let sandbox = resolve("sandbox", "", &pairs).unwrap();
         assert_eq!((sandbox.datasets.len(), sandbox.restore), (2, None));
+        assert_eq!(sandbox.ahead.unwrap().name.as_str(), "warm");
         let one = resolve("container", "one", &pairs).unwrap();
         assert_eq!((one.datasets.len(), one.restore.is_some()), (2, true));
+        assert_eq!(one.ahead, None);
         let two = resolve("container", "two", &pairs).unwrap();
         assert_eq!((two.datasets.len(), two.restore), (1, None));
     }

@@ -1,4 +1,4 @@
-//! The steps of long operations, by the names that the shim's log has (`step="hold"`).
+//! The steps of long operations, by the names that the log has (`step="hold"`).
 
 use std::fmt;
 
@@ -47,5 +47,23 @@ steps! {
         Seal = "seal"
         /// The tasks are ended. Only with `exit`.
         Kill = "kill"
+    }
+}
+
+steps! {
+    /// The steps of a round of the node's agent. `docs/DESIGN.md` says what each does.
+    AgentStep {
+        /// What killed processes left is removed.
+        Sweep = "sweep"
+        /// The images of the node are listed, by their manifests.
+        List = "list"
+        /// Those that are not in their namespace's tier are put there.
+        Replicate = "replicate"
+        /// It is found out which may go.
+        Plan = "plan"
+        /// They are removed.
+        Evict = "evict"
+        /// Until the next round.
+        Rest = "rest"
     }
 }

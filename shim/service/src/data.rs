@@ -1,25 +1,27 @@
-//! A pod's datasets: fetched by `rekindle prefetch`, waited for where the kubelet has time.
+//! A pod's datasets, and the image that it starts from: fetched by `rekindle prefetch` and `rekindle image fetch`, waited
+//! for where the kubelet has time.
 //!
-//! The shim links no network client. It starts one `rekindle prefetch --json` per dataset, reads its
+//! The shim links no network client. It starts one such program for each thing that is wanted, reads its
 //! lines, and shares the outcome among the pod's containers: the sandbox's create waits long, a
 //! container's only for what is left.
 
 use std::{
     collections::HashMap,
-    io,
+    fmt, io,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use rekindle_checkpoint::{ImageError, ImageStore};
 use rekindle_core::{
     annotations::{DatasetRequest, Policy},
     config::{Deadlines, NodeConfig},
     identity::Role,
-    name::Namespace,
+    name::{ImageName, Namespace},
     paths,
-    plan::Plan,
+    plan::{Plan, RestorePlan},
     uri::DatasetUri,
 };
 use rekindle_dataset::{Cache, Lock};
@@ -35,20 +37,69 @@ use crate::{error::Error, error::sentence, exits::Exits, threads::blocking};
 /// Why a container has no data.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(crate) enum DataError {
-    #[error("dataset {uri}: {reason}")]
-    Failed { uri: DatasetUri, reason: String },
-    #[error("dataset {uri}: {done} after {} s; the download goes on and the next attempt joins it", waited.as_secs())]
+    #[error("{wanted}: {reason}")]
+    Failed { wanted: Wanted, reason: String },
+    #[error("{wanted}: {done} after {} s; the download goes on and the next attempt joins it", waited.as_secs())]
     NotYet {
-        uri: DatasetUri,
+        wanted: Wanted,
         done: String,
         waited: Duration,
     },
-    #[error("dataset {uri}: starting {program}: {reason}; install rekindle beside the shim", program = program.display())]
+    #[error("{wanted}: starting {program}: {reason}; install rekindle beside the shim", program = program.display())]
     Start {
-        uri: DatasetUri,
+        wanted: Wanted,
         program: PathBuf,
         reason: String,
     },
+}
+
+/// What is fetched.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Wanted {
+    Dataset(DatasetUri),
+    Image(ImageName),
+}
+
+impl Wanted {
+    /// The program that fetches it for a namespace.
+    fn args(&self, namespace: &Namespace) -> Vec<String> {
+        let (command, what): (&[&str], _) = match self {
+            Self::Dataset(uri) => (&["prefetch"], uri.to_string()),
+            Self::Image(name) => (&["image", "fetch"], name.to_string()),
+        };
+        let more = ["--json", "--namespace", namespace.as_str()];
+        let words = command.iter().chain(&more).map(|word| (*word).to_owned());
+        words.chain([what]).collect()
+    }
+
+    /// That its program ended and said nothing.
+    fn without_a_word(&self, status: impl fmt::Display) -> String {
+        match self {
+            Self::Dataset(_) => {
+                format!("rekindle prefetch ended with status {status} and no reason")
+            }
+            Self::Image(_) => {
+                format!("rekindle image fetch ended with status {status} and no reason")
+            }
+        }
+    }
+
+    /// What is known before the first byte.
+    fn nothing_yet(&self) -> &'static str {
+        match self {
+            Self::Dataset(_) => "the source has not answered the listing",
+            Self::Image(_) => "its tier has not answered",
+        }
+    }
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Dataset(uri) => write!(f, "dataset {uri}"),
+            Self::Image(name) => write!(f, "image {name}"),
+        }
+    }
 }
 
 /// A dataset that a container mounts, leased for as long as this lives.
@@ -69,11 +120,12 @@ enum Progress {
         total: u64,
         per_second: f64,
     },
-    Ready(PathBuf),
+    /// Where a dataset is; an image is found by its name.
+    Ready(Option<PathBuf>),
     Failed(String),
 }
 
-/// One line of `rekindle prefetch --json`.
+/// One line of `rekindle prefetch --json` and of `rekindle image fetch --json`.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 enum Line {
@@ -84,7 +136,7 @@ enum Line {
         bytes_per_second: f64,
     },
     Ready {
-        path: PathBuf,
+        path: Option<PathBuf>,
     },
     Failed {
         reason: String,
@@ -94,7 +146,7 @@ enum Line {
 }
 
 /// By who asked for what: a namespace's permission is no other's.
-type Running = HashMap<(Namespace, DatasetUri), watch::Receiver<Progress>>;
+type Running = HashMap<(Namespace, Wanted), watch::Receiver<Progress>>;
 
 /// The downloads of one pod.
 #[derive(Debug, Clone)]
@@ -122,24 +174,34 @@ impl Data {
         let downloads: Vec<_> = plan
             .datasets
             .iter()
-            .map(|dataset| (dataset, self.download(dataset, &plan.identity.namespace)))
+            .map(|dataset| {
+                let wanted = Wanted::Dataset(dataset.uri.clone());
+                (dataset, self.download(wanted, &plan.identity.namespace))
+            })
             .collect();
+        let image = match &plan.ahead {
+            Some(ahead) => self.ahead(ahead, node).await,
+            None => None,
+        };
         let mut mounts = Vec::new();
         for (dataset, download) in downloads {
             let waited = match download {
                 Ok(download) => {
-                    wait(dataset, download, plan.identity.role, node.deadlines, began).await
+                    let limit = limit(role, dataset.policy, node.deadlines);
+                    wait(download, role, node.deadlines, (began, limit)).await
                 }
                 Err(error) => Err(error),
             };
             // A sandbox fetches; its containers mount.
             let mounted = match waited {
-                Ok(Some(path)) if role != Role::Sandbox => match mount(dataset, path, node).await {
-                    Ok(Some(mount)) => Ok(Some(mount)),
-                    // Removed since the pod's sandbox fetched it: it is fetched again.
-                    Ok(None) => self.fetch_again(dataset, plan, node, began).await.map(Some),
-                    Err(error) => Err(error),
-                },
+                Ok(Ready::All(Some(path))) if role != Role::Sandbox => {
+                    match mount(dataset, path, node).await {
+                        Ok(Some(mount)) => Ok(Some(mount)),
+                        // Removed since the pod's sandbox fetched it: it is fetched again.
+                        Ok(None) => self.fetch_again(dataset, plan, node, began).await.map(Some),
+                        Err(error) => Err(error),
+                    }
+                }
                 other => other.map(|_| None),
             };
             match mounted {
@@ -150,7 +212,73 @@ impl Data {
                 Err(error) => return Err(error.into()),
             }
         }
+        if let Some((ahead, download)) = image {
+            self.settle(ahead, download, node.deadlines, began).await?;
+        }
         Ok(mounts)
+    }
+
+    /// Begins to fetch the image that a container of the pod will start from, where it is not on the node.
+    async fn ahead<'a>(
+        &self,
+        ahead: &'a RestorePlan,
+        node: &NodeConfig,
+    ) -> Option<(&'a RestorePlan, Download)> {
+        if !in_a_tier(ahead, node) {
+            return None;
+        }
+        let (root, of) = (node.images.root.clone(), ahead.clone());
+        let here = blocking(move || {
+            let store = ImageStore::open(&root)?;
+            store.resolve(&of.namespace, &of.name, None).map(drop)
+        });
+        if !matches!(here.await, Ok(Err(ImageError::Unknown(_)))) {
+            return None;
+        }
+        match self.download(Wanted::Image(ahead.name.clone()), &ahead.namespace) {
+            Ok(download) => Some((ahead, download)),
+            Err(error) => {
+                tracing::warn!(%error, "the image is not fetched ahead");
+                None
+            }
+        }
+    }
+
+    /// Waits as long as a sandbox can. That there is no image in the end is told by the container that wants it.
+    async fn settle(
+        &self,
+        ahead: &RestorePlan,
+        download: Download,
+        deadlines: Deadlines,
+        began: Instant,
+    ) -> Result<(), DataError> {
+        let limit = limit(Role::Sandbox, ahead.policy, deadlines);
+        match wait(download, Role::Sandbox, deadlines, (began, limit)).await {
+            Err(error @ DataError::NotYet { .. }) if ahead.policy == Policy::Required => Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "the image was not fetched ahead");
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Fetches an image that is not on the node, where its namespace has a tier; false where it has none. `until` is when
+    /// whoever waits has to know.
+    pub(crate) async fn image(
+        &self,
+        plan: &RestorePlan,
+        node: &NodeConfig,
+        until: Instant,
+    ) -> Result<bool, Error> {
+        if !in_a_tier(plan, node) {
+            return Ok(false);
+        }
+        let download = self.download(Wanted::Image(plan.name.clone()), &plan.namespace)?;
+        let began = Instant::now();
+        let limit = until.saturating_duration_since(began);
+        wait(download, Role::Container, node.deadlines, (began, limit)).await?;
+        Ok(true)
     }
 
     async fn fetch_again(
@@ -164,35 +292,37 @@ impl Data {
         self.running
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .remove(&(namespace.clone(), dataset.uri.clone()));
-        let download = self.download(dataset, namespace)?;
+            .remove(&(namespace.clone(), Wanted::Dataset(dataset.uri.clone())));
+        let wanted = Wanted::Dataset(dataset.uri.clone());
+        let download = self.download(wanted.clone(), namespace)?;
         let failed = |reason: &str| DataError::Failed {
-            uri: dataset.uri.clone(),
+            wanted: wanted.clone(),
             reason: reason.to_owned(),
         };
-        let ready = wait(dataset, download, plan.identity.role, node.deadlines, began).await?;
-        let path = ready.ok_or_else(|| failed("it is not complete"))?;
+        let role = plan.identity.role;
+        let limit = limit(role, dataset.policy, node.deadlines);
+        let Ready::All(Some(path)) = wait(download, role, node.deadlines, (began, limit)).await?
+        else {
+            return Err(failed("it is not complete"));
+        };
         mount(dataset, path, node)
             .await?
             .ok_or_else(|| failed("it was removed from the node twice while it was waited for"))
     }
 
-    /// Joins this pod's download of a dataset, or starts it; one that failed is started anew.
-    fn download(
-        &self,
-        dataset: &DatasetRequest,
-        namespace: &Namespace,
-    ) -> Result<watch::Receiver<Progress>, DataError> {
-        let key = (namespace.clone(), dataset.uri.clone());
+    /// Joins this pod's download of something, or starts it; one that failed is started anew.
+    fn download(&self, wanted: Wanted, namespace: &Namespace) -> Result<Download, DataError> {
+        let key = (namespace.clone(), wanted.clone());
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(download) = running.get(&key)
             && !matches!(*download.borrow(), Progress::Failed(_))
         {
-            return Ok(download.clone());
+            let progress = download.clone();
+            return Ok(Download { wanted, progress });
         }
         let program = program();
         let start = |e: io::Error| DataError::Start {
-            uri: dataset.uri.clone(),
+            wanted: wanted.clone(),
             program: program.clone(),
             reason: e.to_string(),
         };
@@ -205,10 +335,9 @@ impl Data {
         .map_err(|e| start(e.into()))?;
         #[allow(clippy::disallowed_methods, reason = "the launch of the downloader")]
         let mut command = Command::new(&program);
+        let args = wanted.args(namespace);
         command
-            .args(["prefetch", "--json", "--namespace", namespace.as_str()])
-            .arg(dataset.uri.to_string());
-        command
+            .args(&args)
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(Stdio::null())
@@ -217,23 +346,59 @@ impl Data {
         drop(command); // its copy of the pipe's other end
         let (sender, receiver) = watch::channel(Progress::default());
         let lines = pipe::Receiver::from_owned_fd(lines).map_err(start)?;
+        let what = wanted.clone();
         tokio::spawn(async move {
             follow(lines, &sender).await;
             let exit = child.exit.await;
             sender.send_if_modified(|progress| {
                 let silent = !matches!(progress, Progress::Ready(_) | Progress::Failed(_));
                 if silent {
-                    *progress = Progress::Failed(format!(
-                        "rekindle prefetch ended with status {} and no reason",
-                        exit.status
-                    ));
+                    *progress = Progress::Failed(what.without_a_word(exit.status));
                 }
                 silent
             });
         });
         running.insert(key, receiver.clone());
-        Ok(receiver)
+        Ok(Download {
+            wanted,
+            progress: receiver,
+        })
     }
+}
+
+/// Whether an image that is not on the node may be elsewhere. A generation's number is a node's own: nowhere else is that
+/// image meant.
+fn in_a_tier(plan: &RestorePlan, node: &NodeConfig) -> bool {
+    plan.generation.is_none() && node.tier_for(&plan.namespace).is_some()
+}
+
+/// How long a container, by its place in the pod, waits for what it wants.
+fn limit(role: Role, policy: Policy, deadlines: Deadlines) -> Duration {
+    match (role, policy) {
+        (Role::Container, Policy::Required) => deadlines.container,
+        // It starts without it, and has to have the time for that.
+        (Role::Container, Policy::Opportunistic) => {
+            deadlines.container.saturating_sub(deadlines.cold_start())
+        }
+        // Nobody else waits for a standalone container, so it may wait as long as a sandbox.
+        (Role::Sandbox | Role::Standalone, _) => deadlines.sandbox_data,
+    }
+}
+
+/// A download that goes on, whoever waits for it.
+#[derive(Debug)]
+struct Download {
+    wanted: Wanted,
+    progress: watch::Receiver<Progress>,
+}
+
+/// How far a download came that was waited for.
+#[derive(Debug)]
+enum Ready {
+    /// It is there; a dataset, with its folder.
+    All(Option<PathBuf>),
+    /// Not yet, and a container of the pod will wait for the rest.
+    Soon,
 }
 
 /// Leases what a download has published, so that it stays until the container is gone; none when it has
@@ -244,7 +409,7 @@ async fn mount(
     node: &NodeConfig,
 ) -> Result<Option<DatasetMount>, DataError> {
     let failed = |reason: String| DataError::Failed {
-        uri: dataset.uri.clone(),
+        wanted: Wanted::Dataset(dataset.uri.clone()),
         reason,
     };
     let (cache, source) = (Cache::open(&node.datasets), path.clone());
@@ -286,35 +451,28 @@ async fn follow(lines: pipe::Receiver, progress: &watch::Sender<Progress>) {
             }
             Ok(Line::Other) => {}
             Err(error) => {
-                tracing::warn!(%error, line, "a line of rekindle prefetch is not understood")
+                tracing::warn!(%error, line, "a line of a download is not understood")
             }
         }
     }
 }
 
-/// Waits for one download. `None`: not there yet, and a container of the pod will wait for the rest.
+/// Waits for one download, for `limit` from `began` on.
 async fn wait(
-    dataset: &DatasetRequest,
-    mut download: watch::Receiver<Progress>,
+    download: Download,
     role: Role,
     deadlines: Deadlines,
-    began: Instant,
-) -> Result<Option<PathBuf>, DataError> {
-    let limit = match (role, dataset.policy) {
-        (Role::Container, Policy::Required) => deadlines.container,
-        // It starts without it, and has to have the time for that.
-        (Role::Container, Policy::Opportunistic) => {
-            deadlines.container.saturating_sub(deadlines.cold_start())
-        }
-        // Nobody else waits for a standalone container, so it may wait as long as a sandbox.
-        (Role::Sandbox | Role::Standalone, _) => deadlines.sandbox_data,
-    };
-    let uri = || dataset.uri.clone();
+    (began, limit): (Instant, Duration),
+) -> Result<Ready, DataError> {
+    let Download {
+        wanted,
+        mut progress,
+    } = download;
     loop {
-        let now = download.borrow_and_update().clone();
+        let now = progress.borrow_and_update().clone();
         match now {
-            Progress::Ready(path) => return Ok(Some(path)),
-            Progress::Failed(reason) => return Err(DataError::Failed { uri: uri(), reason }),
+            Progress::Ready(path) => return Ok(Ready::All(path)),
+            Progress::Failed(reason) => return Err(DataError::Failed { wanted, reason }),
             // Half of a container's budget: the rate may fall, and the restore needs its share.
             Progress::Moving {
                 done,
@@ -323,21 +481,21 @@ async fn wait(
             } if role == Role::Sandbox
                 && fits(total - done.min(total), per_second, deadlines.container / 2) =>
             {
-                return Ok(None);
+                return Ok(Ready::Soon);
             }
             _ => {}
         }
         let left = limit.saturating_sub(began.elapsed());
-        if tokio::time::timeout(left, download.changed())
+        if tokio::time::timeout(left, progress.changed())
             .await
             .is_err()
         {
-            let done = match &*download.borrow() {
+            let done = match &*progress.borrow() {
                 Progress::Moving { done, total, .. } => format!("{done} of {total} bytes are here"),
-                _ => "the source has not answered the listing".to_owned(),
+                _ => wanted.nothing_yet().to_owned(),
             };
             return Err(DataError::NotYet {
-                uri: uri(),
+                wanted,
                 done,
                 waited: began.elapsed(),
             });
@@ -386,7 +544,11 @@ mod tests {
         ));
         assert!(matches!(
             parse(r#"{"event":"ready","path":"/x","hit":true}"#),
-            Line::Ready { .. }
+            Line::Ready { path: Some(_) }
+        ));
+        assert!(matches!(
+            parse(r#"{"event":"ready","image":"team-a/warm@1","hit":false}"#),
+            Line::Ready { path: None }
         ));
         assert!(matches!(
             parse(r#"{"event":"failed","reason":"403","retryable":false}"#),

@@ -15,6 +15,7 @@ mod refused;
 mod sealed;
 mod stage;
 mod tasks;
+mod tier;
 mod unmade;
 mod warming;
 
@@ -77,8 +78,17 @@ images! {
             the_second_of_a_kind_goes_on_where_the_first_was_warm
             it_is_told_after_its_restore
         }
+        tier {
+            a_miss_is_fetched_and_stays
+        }
     }
     once {
+        tier {
+            many_pods_fetch_once
+            a_tier_that_fails_is_a_miss
+            what_a_tier_does_not_have_is_a_miss
+            another_namespaces_image_under_its_name_is_refused
+        }
         tasks {
             every_process_is_who_it_was
             programs_that_start_others_all_the_time

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use containerd_client::tonic::Status;
 use rekindle_harness::container::Builder;
 use rekindle_harness::fifo::Reader;
+use rekindle_harness::s3::{S3Server, tier};
 use rekindle_harness::{Container, Count, Image, Node, NodeConfig, Runtime, Suite, images};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -23,11 +24,16 @@ pub(crate) struct Stage {
     pub(crate) node: Node,
     busybox: Image,
     alone: Option<Mutex<()>>,
+    _s3: S3Server,
 }
 
 pub(crate) const RESTORE_FROM: &str = "rekindle.dev/restore-from";
 /// Of the images of namespace `sealed`.
 pub(crate) const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
+/// What has the images of namespace `afar`.
+pub(crate) const BUCKET: &str = "images";
+/// Nobody listens there.
+const NOWHERE: &str = "[[images.tier]]\nurl = \"s3://images/nowhere/\"\nnamespaces = [\"nowhere\"]\nendpoint = \"http://127.0.0.1:1\"\nanonymous = true\n";
 pub(crate) const POLICY: &str = "rekindle.dev/restore-policy";
 
 /// The node of a kind, made by the first test that asks. It is never dropped: its keeper ends it after this program.
@@ -43,8 +49,9 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
     let make = async || -> Result<Stage> {
         let busybox = images::busybox()?;
         let mut config = NodeConfig::new(Runtime::Rekindle)?;
+        let tiers = tier(BUCKET, "afar") + NOWHERE;
         config.rekindle_toml = Some(format!(
-            "[restore]\npaging = \"{word}\"\n\n[images]\ncompression = \"{compression}\"\n\n[warm-start]\nearly = \"20s\"\nfailures = 2\nmin-free = 0\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n\n[[images.key]]\nid = \"sealed-1\"\nnamespaces = [\"sealed\"]\ncommand = [\"/bin/echo\", \"{KEY}\"]\n"
+            "[restore]\npaging = \"{word}\"\n\n[images]\ncompression = \"{compression}\"\n\n[images.retention]\nquota = \"100TiB\"\n\n[warm-start]\nearly = \"20s\"\nfailures = 2\nmin-free = 0\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n\n[[images.key]]\nid = \"sealed-1\"\nnamespaces = [\"sealed\"]\ncommand = [\"/bin/echo\", \"{KEY}\"]\n\n{tiers}"
         ));
         if matches!(nodes, Nodes::Alone) {
             // Its log tells which step of an operation begins.
@@ -54,7 +61,9 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
         node.import(&images::pause()?).await?;
         node.import(&busybox).await?;
         let alone = matches!(nodes, Nodes::Alone).then(Mutex::default);
+        let _s3 = S3Server::empty(&node, BUCKET).await?;
         Ok(Stage {
+            _s3,
             node,
             busybox,
             alone,

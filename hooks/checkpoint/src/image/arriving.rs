@@ -6,7 +6,7 @@ use std::{
 };
 
 use rekindle_core::name::{ImageName, Namespace};
-use rekindle_store::{publish_dir, write_file};
+use rekindle_store::{Lock, publish_dir, write_file};
 
 use super::{
     ImageError, ImageStore, SealedImage,
@@ -48,6 +48,20 @@ impl ImageStore {
             namespace: namespace.clone(),
             name: name.clone(),
         })
+    }
+
+    /// Lets one process of the node fetch an image by its name; none while another one does. What is left of the lock
+    /// is swept with the partial folders.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn fetching(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+    ) -> Result<Option<Lock>, ImageError> {
+        let path = lock_path(&self.partial_dir(), &format!("fetch-{namespace}-{name}"));
+        Ok(Lock::try_acquire(&path)?)
     }
 
     /// The folders of all generations of a name, the newest first.

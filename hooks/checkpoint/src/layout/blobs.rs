@@ -4,12 +4,19 @@ use std::{
     fmt,
     fs::File,
     io::{self, Read, Write},
+    marker::PhantomData,
     path::Path,
     str::FromStr,
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use sha2::{Digest as _, Sha256};
+
+#[cfg(feature = "s3")]
+use {
+    super::{Place, bucket::Remote},
+    rekindle_store::s3::S3Error,
+};
 
 use super::{BLOBS, Descriptor, Layout, LayoutError};
 use crate::manifest::shorten;
@@ -27,7 +34,12 @@ impl BlobDigest {
         format!("{BLOBS}/{}", self.hex())
     }
 
-    fn hex(self) -> String {
+    #[cfg(feature = "s3")]
+    pub(super) fn bytes(self) -> [u8; 32] {
+        self.0
+    }
+
+    pub(super) fn hex(self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
@@ -81,9 +93,20 @@ pub enum BlobFault {
 }
 
 impl Layout {
-    /// Opens the blob of a descriptor, which has the right size.
-    pub(super) fn blob(&self, file: &str, of: &Descriptor) -> Result<Blob, LayoutError> {
+    /// Opens the blob of a descriptor. Of a folder's it is known then that it has the right size; of a bucket's it is
+    /// found out when it comes.
+    pub(super) fn blob(&self, file: &str, of: &Descriptor) -> Result<Blob<'_>, LayoutError> {
         let digest: BlobDigest = of.digest.parse()?;
+        let blob = |from| Blob {
+            file: shorten(file),
+            from,
+            digest,
+            size: of.size,
+        };
+        #[cfg(feature = "s3")]
+        if let Place::Bucket(remote) = &self.place {
+            return Ok(blob(Origin::Bucket(remote)));
+        }
         let fault = |fault| LayoutError::Blob {
             file: shorten(file),
             digest,
@@ -100,12 +123,7 @@ impl Layout {
         if found.len() != of.size {
             return Err(fault(BlobFault::Size(of.size)));
         }
-        Ok(Blob {
-            file: shorten(file),
-            opened,
-            digest,
-            size: of.size,
-        })
+        Ok(blob(Origin::File(opened, PhantomData)))
     }
 
     /// All bytes of a blob that is held in memory.
@@ -125,15 +143,22 @@ impl Layout {
     }
 }
 
+/// Where the bytes of a blob come from.
+enum Origin<'a> {
+    File(File, PhantomData<&'a ()>),
+    #[cfg(feature = "s3")]
+    Bucket(&'a Remote),
+}
+
 /// A blob that was opened, and not yet read.
-pub(super) struct Blob {
+pub(super) struct Blob<'a> {
     file: String,
-    opened: File,
+    from: Origin<'a>,
     digest: BlobDigest,
     pub(super) size: u64,
 }
 
-impl Blob {
+impl Blob<'_> {
     fn fault(&self, fault: BlobFault) -> LayoutError {
         LayoutError::Blob {
             file: self.file.clone(),
@@ -162,11 +187,20 @@ impl Blob {
         done: &AtomicU64,
     ) -> Result<(), LayoutError> {
         let from = Path::new(&self.file);
-        let opened = self
-            .opened
-            .try_clone()
-            .map_err(LayoutError::io("read", from))?;
-        let (digest, size) = copy(opened, into, self.size, from, path, done)?;
+        let (digest, size) = match &self.from {
+            Origin::File(opened, _) => copy(opened, into, self.size, from, path, done)?,
+            #[cfg(feature = "s3")]
+            Origin::Bucket(remote) => {
+                let mut coming = remote.read(&self.digest.path(), self.size);
+                let copied = copy(&mut coming, into, self.size, from, path, done);
+                // What the store said is more than that reading failed.
+                match coming.failed() {
+                    Some(S3Error::Missing { .. }) => return Err(self.fault(BlobFault::Absent)),
+                    Some(error) => return Err(error.into()),
+                    None => copied?,
+                }
+            }
+        };
         if size != self.size {
             return Err(self.fault(BlobFault::Size(self.size)));
         }

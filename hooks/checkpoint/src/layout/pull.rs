@@ -53,14 +53,14 @@ pub struct Found<'a> {
 }
 
 impl Layout {
-    /// Finds the image of a tag; without one, the only one that there is.
+    /// Finds the image of a tag; without one, the only one that there is. In a bucket `NAMESPACE/NAME` is the newest
+    /// image of that name.
     ///
     /// # Errors
     /// [`LayoutError::NoTag`], or why it is refused.
     pub fn find(&self, tag: Option<&str>) -> Result<Found<'_>, LayoutError> {
-        let tags = self.tags()?;
-        let (tag, of) = self.choose(tag, &tags)?;
-        let oci = self.manifest(&tag, of)?;
+        let (tag, of) = self.chosen(tag)?;
+        let oci = self.manifest(&tag, &of)?;
         let bytes = self.small_blob("manifest.json", &oci.config, manifest::MAX_BYTES)?;
         let path = self.path.join(BLOBS).join("manifest.json");
         let parsed = Manifest::parse(&path, &bytes);
@@ -77,11 +77,35 @@ impl Layout {
         })
     }
 
-    fn choose<'t>(
+    /// Finds the newest image of a name in a bucket, which has to say itself that it is called so.
+    ///
+    /// # Errors
+    /// As [`Layout::find`]; [`LayoutError::Misplaced`].
+    pub fn find_image(
         &self,
-        wanted: Option<&str>,
-        tags: &'t [Descriptor],
-    ) -> Result<(String, &'t Descriptor), LayoutError> {
+        namespace: &Namespace,
+        name: &ImageName,
+    ) -> Result<Found<'_>, LayoutError> {
+        let tag = format!("{namespace}/{name}");
+        let found = self.find(Some(&tag))?;
+        let manifest = &found.manifest;
+        if (&manifest.namespace, &manifest.name) != (namespace, name) {
+            return Err(LayoutError::Misplaced {
+                tag,
+                claimed: format!("{}/{}", manifest.namespace, manifest.name),
+            });
+        }
+        Ok(found)
+    }
+
+    fn chosen(&self, wanted: Option<&str>) -> Result<(String, Descriptor), LayoutError> {
+        #[cfg(feature = "s3")]
+        if let super::Place::Bucket(remote) = &self.place
+            && let Some(found) = remote.choose(self, wanted)?
+        {
+            return Ok(found);
+        }
+        let tags = self.tags()?;
         let fits = |of: &&Descriptor| match wanted {
             Some(wanted) => of.tag() == Some(wanted),
             // Whoever copies layouts may leave out what the manifest says too, as oras 1.3 does.
@@ -106,7 +130,7 @@ impl Layout {
                 },
             });
         };
-        Ok((of.tag().unwrap_or("the only image").to_owned(), of))
+        Ok((of.tag().unwrap_or("the only image").to_owned(), of.clone()))
     }
 }
 
@@ -249,7 +273,7 @@ fn link_from(
     store: &ImageStore,
     (namespace, name): (&Namespace, &ImageName),
     file: &str,
-    blob: &Blob,
+    blob: &Blob<'_>,
     to: &Path,
     done: &AtomicU64,
 ) -> Result<bool, LayoutError> {

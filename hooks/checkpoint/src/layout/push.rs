@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 
 use super::{
     ARTIFACT, Annotations, BLOBS, BlobDigest, CONFIG, Descriptor, INDEX, INDEX_JSON, LAYOUT_FILE,
-    Layout, LayoutError, MANIFEST, MAX_INDEX_JSON, OciManifest, REF_NAME, TITLE, blobs::copy,
-    check_tag, media_type,
+    Layout, LayoutError, MANIFEST, MAX_INDEX_JSON, OciManifest, Place, REF_NAME, TITLE,
+    blobs::copy, check_tag, media_type,
 };
 use crate::{
     image::{SealedImage, open_regular},
@@ -61,6 +61,15 @@ impl Layout {
         Self::open(path)
     }
 
+    /// The tag of an image that is told no other one.
+    pub fn tag_for(&self, image: &SealedImage) -> String {
+        #[cfg(feature = "s3")]
+        if let Place::Bucket(_) = &self.place {
+            return super::bucket::tag_of(image);
+        }
+        image.reference()
+    }
+
     /// Puts an image into it under a tag, in place of what has that tag. What is written is compared with what the
     /// image's manifest says of its files' sizes and its index; `done` grows to [`Manifest::total_bytes`].
     ///
@@ -77,9 +86,18 @@ impl Layout {
         check_tag(tag)?;
         image.check_listed()?;
         // One at a time: a tag is added to what the index has.
-        let _alone = Lock::acquire(&self.path.join(LAYOUT_FILE))?;
-        self.sweep()?;
-        let known = self.known_packs()?;
+        let (_alone, known) = match &self.place {
+            Place::Folder(_) => {
+                let alone = Lock::acquire(&self.path.join(LAYOUT_FILE))?;
+                self.sweep()?;
+                (Some(alone), self.known_packs()?)
+            }
+            #[cfg(feature = "s3")]
+            Place::Bucket(remote) => {
+                remote.mark()?;
+                (None, HashMap::new())
+            }
+        };
         let mut pushed = Pushed {
             digest: BlobDigest::of(b""),
             bytes: 0,
@@ -116,7 +134,7 @@ impl Layout {
         Ok(pushed)
     }
 
-    fn unwritable(&self, error: &serde_json::Error) -> LayoutError {
+    pub(super) fn unwritable(&self, error: &serde_json::Error) -> LayoutError {
         LayoutError::Json {
             path: self.path.clone(),
             reason: error.to_string(),
@@ -133,6 +151,14 @@ impl Layout {
         let digest = BlobDigest::of(bytes);
         let size = bytes.len() as u64;
         pushed.bytes += size;
+        #[cfg(feature = "s3")]
+        if let Place::Bucket(remote) = &self.place {
+            if remote.size(&digest.path())? != Some(size) {
+                remote.put(&digest.path(), bytes)?;
+                pushed.written += size;
+            }
+            return Ok(descriptor(media_type, digest, size));
+        }
         if !self.has(digest, size) {
             let temporary = self.temporary();
             fs::write(&temporary, bytes).map_err(LayoutError::io("write", &temporary))?;
@@ -158,6 +184,19 @@ impl Layout {
             .map_err(LayoutError::io("look at", path))?
             .len();
         pushed.bytes += size;
+        #[cfg(feature = "s3")]
+        if let Place::Bucket(remote) = &self.place {
+            // Its name is its digest, so it is read twice, the second time from memory where that is large enough.
+            let read = AtomicU64::new(0);
+            let (digest, read) = copy(file, &mut io::sink(), size, path, path, &read)?;
+            if remote.size(&digest.path())? == Some(read) {
+                done.fetch_add(read, Ordering::Relaxed);
+            } else {
+                remote.put_file(path, (digest, read), done)?;
+                pushed.written += read;
+            }
+            return Ok(descriptor(media_type, digest, read));
+        }
         if let Some(known) = known.filter(|known| self.has(*known, size)) {
             let read = AtomicU64::new(0);
             let (digest, _) = copy(file, &mut io::sink(), size, path, path, &read)?;
@@ -233,23 +272,38 @@ impl Layout {
         Ok(known)
     }
 
-    /// Sets a tag in `index.json`, and keeps all else that is in it.
+    /// Sets a tag, in `index.json` and in a bucket beside it.
     fn tag(&self, tag: &str, of: &Descriptor) -> Result<(), LayoutError> {
+        #[cfg(feature = "s3")]
+        if let Place::Bucket(remote) = &self.place {
+            return remote.set_tag(self, tag, of);
+        }
         let path = self.path.join(INDEX_JSON);
         let file = self
             .file(INDEX_JSON)
             .map_err(LayoutError::io("open", &path))?;
         let bytes = self.bounded(INDEX_JSON, file, MAX_INDEX_JSON)?;
         let mut index: Value = self.json(INDEX_JSON, &bytes)?;
-        let not_ours = || LayoutError::Json {
-            path: path.clone(),
-            reason: "it has no list of manifests".to_owned(),
-        };
-        let manifests = index.get_mut("manifests").and_then(Value::as_array_mut);
-        let manifests = manifests.ok_or_else(not_ours)?;
-        manifests.retain(|other| other["annotations"][REF_NAME] != tag);
-        manifests.push(serde_json::to_value(of).map_err(|e| self.unwritable(&e))?);
+        let of = serde_json::to_value(of).map_err(|e| self.unwritable(&e))?;
+        self.set_in_index(&mut index, tag, &of)?;
         write_file(&path, index.to_string().as_bytes(), true)?;
+        Ok(())
+    }
+
+    /// Sets a tag in what `index.json` says, and keeps all else that is in it.
+    pub(super) fn set_in_index(
+        &self,
+        index: &mut Value,
+        tag: &str,
+        of: &Value,
+    ) -> Result<(), LayoutError> {
+        let manifests = index.get_mut("manifests").and_then(Value::as_array_mut);
+        let manifests = manifests.ok_or_else(|| LayoutError::Json {
+            path: self.path.join(INDEX_JSON),
+            reason: "it has no list of manifests".to_owned(),
+        })?;
+        manifests.retain(|other| other["annotations"][REF_NAME] != tag);
+        manifests.push(of.clone());
         Ok(())
     }
 }

@@ -23,9 +23,10 @@ use crate::{
 };
 
 mod diff;
+mod fetch;
 mod gc;
 mod oci;
-mod opened;
+pub(crate) mod opened;
 mod show;
 
 const EXAMPLES: &str = "\
@@ -36,6 +37,8 @@ Examples:
   rekindle image diff team-a/warm@1 team-a/warm@2
   rekindle image push team-a/warm oci:/mnt/images
   rekindle image pull oci:/mnt/images
+  rekindle image push team-a/warm s3://images/
+  rekindle image fetch team-a/warm
   rekindle image verify team-a/warm@3
   rekindle image rm team-a/warm@1
   rekindle image gc --dry-run
@@ -63,11 +66,25 @@ Examples:
   rekindle image push team-a/warm@3 oci:/mnt/images:warm-3 --json
   rekindle image pull oci:/mnt/images:warm-3
   rekindle image pull oci:/mnt/images:warm-3 team-b/warm
+  rekindle image push team-a/warm s3://images/node-1/
+  rekindle image pull s3://images/node-1/:team-a/warm     # the newest of that name
+
+A bucket is used as the configuration says in [[images.tier]], and for the namespaces that it says.
 
 An encrypted image travels encrypted. Without its key it is pulled under its own name only, and its chunks
 are compared when they are read.
 
-Exit codes: 0 done, 1 failed or refused for what it is, 2 wrong usage, 4 no such image or tag.";
+Exit codes: 0 done, 1 failed or refused for what it is, 2 wrong usage, 3 refused (no tier of the configuration),
+4 no such image or tag.";
+
+const FETCH_EXAMPLES: &str = "\
+Examples:
+  rekindle image fetch team-a/warm
+  rekindle image fetch -n team-a warm --json
+
+A restore does the same by itself. The image is verified before it appears, and stays on the node.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 neither here nor in the tier.";
 
 const GC_EXAMPLES: &str = "\
 Examples:
@@ -129,12 +146,15 @@ enum ImageCommand {
         #[arg(long)]
         force: bool,
     },
-    /// Copy an image into an OCI image layout, a folder. What is there already is not written again.
+    /// Copy an image into an OCI image layout, in a folder or a bucket. What is there already is not written again.
     #[command(after_help = OCI_EXAMPLES)]
     Push(oci::PushArgs),
     /// Take an image out of an OCI image layout, verify it, and make it the next generation.
     #[command(after_help = OCI_EXAMPLES)]
     Pull(oci::PullArgs),
+    /// Have the newest image of a name on this node: fetch it from its namespace's tier, if it is not here.
+    #[command(after_help = FETCH_EXAMPLES)]
+    Fetch(fetch::FetchArgs),
     /// Make room: remove what the node's rules, or these, say may go, and what killed checkpoints left.
     #[command(after_help = GC_EXAMPLES)]
     Gc(gc::GcArgs),
@@ -155,8 +175,9 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
     tokio::task::block_in_place(|| match args.command {
         ImageCommand::Ls { namespace, json } => ls(&store, namespace.as_ref(), json),
         ImageCommand::Show { which, json } => show::run(&store, config, &which, json),
-        ImageCommand::Push(args) => oci::push(&store, &args),
+        ImageCommand::Push(args) => oci::push(&store, config, &args),
         ImageCommand::Pull(args) => oci::pull(&store, config, &args),
+        ImageCommand::Fetch(args) => fetch::run(&store, config, &args),
         ImageCommand::Diff(args) => diff::run(&store, config, &args),
         ImageCommand::Verify { images, namespace } => {
             verify(&store, config, &images, namespace.as_ref())

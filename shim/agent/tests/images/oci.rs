@@ -173,3 +173,64 @@ fn a_killed_pull_leaves_no_half_image() {
     assert!(killed > 0);
     println!("of 14 pulls {killed} were killed, and {finished} had ended");
 }
+
+#[test]
+fn what_is_here_is_not_fetched_and_what_cannot_be_is_said() {
+    let node = Node::with(
+        "[[images.tier]]\nurl = \"s3://images/a/\"\nnamespaces = [\"team-a\"]\n\
+         endpoint = \"http://127.0.0.1:1\"\nanonymous = true\n",
+    );
+    node.make("team-a/warm", b"one");
+    let said = node.json(&["fetch", "team-a/warm", "--json"]);
+    assert_eq!(
+        (&said["event"], &said["hit"]),
+        (&"ready".into(), &true.into())
+    );
+    assert_eq!(said["image"], "team-a/warm@1");
+    node.fails(
+        &["fetch", "team-b/warm"],
+        4,
+        &["team-b/warm", "[[images.tier]]"],
+    );
+    node.fails(&["fetch", "team-a/warm@1"], 3, &["a node's own"]);
+    node.fails(
+        &["fetch", "team-a/x", "-n", "team-b"],
+        3,
+        &["--namespace is team-b"],
+    );
+    let output = node.image(&["fetch", "-n", "team-a", "cold", "--json"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(last["event"], "failed");
+    assert!(
+        last["reason"].as_str().unwrap().contains("gave up after 4"),
+        "{last}"
+    );
+    let left = fs::read_dir(node.root().join(".partial")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn a_bucket_is_for_those_whom_the_configuration_names() {
+    // Nobody listens there: what is refused is refused before it is asked.
+    let node = Node::with(
+        "[[images.tier]]\nurl = \"s3://images/a/\"\nnamespaces = [\"team-a\"]\n\
+         endpoint = \"http://127.0.0.1:1\"\nanonymous = true\n",
+    );
+    node.make("team-a/warm", b"one");
+    node.make("team-b/warm", b"two");
+    let refused = ["no tier of images", "[[images.tier]]"];
+    for args in [
+        &["push", "team-b/warm", "s3://images/a/"][..],
+        &["push", "team-a/warm", "s3://images/"],
+        &["push", "team-a/warm", "s3://images/b/"],
+        &["push", "team-a/warm", "s3://other/a/"],
+        &["pull", "s3://images/a/:team-b/warm"],
+        &["pull", "s3://images/a/:team-a/warm", "team-b/warm"],
+        &["pull", "-n", "team-b", "s3://images/a/"],
+        &["pull", "s3://other/"],
+    ] {
+        node.fails(args, 3, &refused);
+    }
+}

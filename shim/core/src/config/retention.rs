@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// Which images are removed when somebody asks for room: `rekindle image gc`. Nothing is removed by itself.
+/// Which images are removed when somebody asks for room, `rekindle image gc`, and by the node's agent where there is one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct Retention {
     /// So many generations of each name stay, from 1; none means all.

@@ -121,6 +121,33 @@ fn a_key_that_cannot_be_is_refused() {
 }
 
 #[test]
+fn a_tier_has_the_images_of_its_namespaces_and_nothing_beside_its_prefix() {
+    let config = parse(
+        r#"
+        [[images.tier]]
+        url = "s3://images/a/"
+        namespaces = ["team-a"]
+        [[images.tier]]
+        url = "s3://images/rest/"
+        namespaces = ["*"]
+        "#,
+    )
+    .unwrap();
+    let url = |tier: Option<&Tier>| tier.map(|tier| tier.url.clone());
+    let of = |ns: &str| url(config.tier_for(&ns.parse().unwrap()));
+    assert_eq!(of("team-a").as_deref(), Some("s3://images/a/"));
+    assert_eq!(of("team-b").as_deref(), Some("s3://images/rest/"));
+    let at = |place: &str, ns: &str| {
+        config
+            .tier_at(&place.parse().unwrap(), &ns.parse().unwrap())
+            .is_some()
+    };
+    assert!(at("s3://images/a/", "team-a") && at("s3://images/a/b/", "team-a"));
+    assert!(!at("s3://images/a/", "team-b") && !at("s3://images/a-private/", "team-a"));
+    assert!(at("s3://images/rest/", "team-a"));
+}
+
+#[test]
 fn what_is_wrong_is_named() {
     for (text, words) in [
         ("[datasets]\nrot = \"/x\"", &["rot", "config.toml"][..]),
@@ -136,6 +163,26 @@ fn what_is_wrong_is_named() {
         (
             "[[datasets.source]]\nallow = \"s3://models/\"\nendpoint = \"host:9000\"",
             &["https://"],
+        ),
+        (
+            "[[images.tier]]\nurl = \"s3://images\"\nnamespaces = []",
+            &["images.tier.url", "slash"],
+        ),
+        (
+            "[[images.tier]]\nurl = \"file:///images/\"\nnamespaces = []",
+            &["images.tier.url", "s3://bucket/"],
+        ),
+        (
+            "[[images.tier]]\nurl = \"s3://images/\"\nnamespaces = []\nendpoint = \"x\"",
+            &["images.tier.endpoint", "https://"],
+        ),
+        (
+            "[[images.tier]]\nurl = \"s3://images/\"\nnamespaces = []\nregoin = \"x\"",
+            &["regoin", "region"],
+        ),
+        (
+            "[agent]\nevery = \"0s\"",
+            &["agent.every", "between two rounds"],
         ),
         ("[deadlines]\ncontainer = \"90\"", &["90", "unit"]),
         ("[restore]\npaging = \"soon\"", &["soon", "lazy"]),

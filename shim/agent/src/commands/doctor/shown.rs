@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use rekindle_core::{
-    config::{Compression, Export, ImageKey, NodeConfig, Paging, Source},
+    config::{Compression, Export, ImageKey, NodeConfig, Paging, Source, Tier},
     size,
 };
 use serde::Serialize;
@@ -14,6 +14,7 @@ pub(super) struct Shown<'a> {
     #[serde(rename = "warm-start")]
     warm_start: WarmStart,
     deadlines: Deadlines,
+    agent: Agent<'a>,
     images: Images<'a>,
     datasets: Datasets<'a>,
 }
@@ -41,6 +42,13 @@ struct Deadlines {
 }
 
 #[derive(Debug, Serialize)]
+struct Agent<'a> {
+    every: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<&'a str>,
+}
+
+#[derive(Debug, Serialize)]
 struct Images<'a> {
     root: &'a Path,
     compression: Compression,
@@ -50,6 +58,8 @@ struct Images<'a> {
     key: &'a [ImageKey],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     export: &'a [Export],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tier: &'a [Tier],
 }
 
 #[derive(Debug, Serialize)]
@@ -93,6 +103,10 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
                 container: duration(config.deadlines.container),
                 checkpoint: duration(config.deadlines.checkpoint),
             },
+            agent: Agent {
+                every: duration(config.agent.every),
+                group: config.agent.group.as_deref(),
+            },
             images: Images {
                 root: &config.images.root,
                 compression: config.images.compression,
@@ -106,6 +120,7 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
                 },
                 key: &config.images.keys,
                 export: &config.images.exports,
+                tier: &config.images.tiers,
             },
             datasets: Datasets {
                 root: &config.datasets.root,
@@ -143,6 +158,9 @@ mod tests {
             sandbox-data = "3m"
             container = "80s"
             checkpoint = "1m500ms"
+            [agent]
+            every = "10s"
+            group = "rekindle"
             [images]
             root = "/srv/images"
             compression = "lz4"
@@ -158,6 +176,11 @@ mod tests {
             id = "a"
             namespaces = ["team-a"]
             command = ["/bin/keys", "a"]
+            [[images.tier]]
+            url = "s3://images/node/"
+            namespaces = ["team-a"]
+            endpoint = "http://s3.example.com"
+            anonymous = true
             [datasets]
             root = "/srv/datasets"
             concurrency = 4

@@ -1,6 +1,7 @@
-//! `rekindle image push` and `pull`: images in an OCI image layout.
+//! `rekindle image push` and `pull`: images in an OCI image layout, in a folder or a bucket.
 
 use std::{
+    fmt,
     path::PathBuf,
     process::ExitCode,
     str::FromStr,
@@ -14,39 +15,98 @@ use rekindle_checkpoint::{
 use rekindle_core::{
     config::NodeConfig,
     name::{ImageRef, Namespace},
+    uri::{DatasetUri, UriError},
 };
 use serde_json::json;
 
 use super::{failure, locate, opened::Room, with_bar};
-use crate::{exit::Failure, keys, output};
+use crate::{exit::Failure, keys, output, tier};
 
-/// Where images are pushed to and pulled from: `oci:DIR[:TAG]`.
+/// Where images are pushed to and pulled from: `oci:DIR[:TAG]`, `s3://BUCKET/[PREFIX/][:TAG]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
-    folder: PathBuf,
+    at: At,
     tag: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum At {
+    Folder(PathBuf),
+    Bucket(DatasetUri),
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(folder) => folder.display().fmt(f),
+            Self::Bucket(uri) => uri.fmt(f),
+        }
+    }
 }
 
 impl FromStr for Place {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let refuse = || format!("{text:?} is no OCI layout: oci:DIR or oci:DIR:TAG is meant");
-        let rest = text.strip_prefix("oci:").ok_or_else(refuse)?;
-        // A folder with a colon in its name cannot be written so; nor can it for other tools.
-        let (folder, tag) = match rest.split_once(':') {
-            Some((folder, tag)) => (folder, Some(tag)),
-            None => (rest, None),
+        let refuse = || {
+            format!(
+                "{text:?} is no OCI layout: oci:DIR, oci:DIR:TAG, s3://BUCKET/PREFIX/ or s3://BUCKET/PREFIX/:TAG is meant"
+            )
         };
-        if folder.is_empty() {
-            return Err(refuse());
-        }
+        let (at, tag) = if text.starts_with("s3://") {
+            let (url, tag) = match text.split_once("/:") {
+                Some((url, tag)) => (format!("{url}/"), Some(tag)),
+                None => (text.to_owned(), None),
+            };
+            if !url.ends_with('/') {
+                return Err(refuse());
+            }
+            let uri = url.parse().map_err(|e: UriError| e.to_string())?;
+            (At::Bucket(uri), tag)
+        } else {
+            let rest = text.strip_prefix("oci:").ok_or_else(refuse)?;
+            // A folder with a colon in its name cannot be written so; nor can it for other tools.
+            let (folder, tag) = match rest.split_once(':') {
+                Some((folder, tag)) => (folder, Some(tag)),
+                None => (rest, None),
+            };
+            if folder.is_empty() {
+                return Err(refuse());
+            }
+            (At::Folder(folder.into()), tag)
+        };
         if let Some(tag) = tag {
             layout::check_tag(tag).map_err(|e| e.to_string())?;
         }
         Ok(Self {
-            folder: folder.into(),
+            at,
             tag: tag.map(str::to_owned),
         })
+    }
+}
+
+impl At {
+    /// The layout to put an image of `namespace` into.
+    fn create(&self, config: &NodeConfig, namespace: &Namespace) -> anyhow::Result<Layout> {
+        match self {
+            Self::Folder(folder) => Ok(Layout::create(folder)?),
+            Self::Bucket(uri) => tier::at(config, uri, Some(namespace)),
+        }
+    }
+
+    /// The layout to take an image out of; whose, where that is known.
+    fn open(&self, config: &NodeConfig, namespace: Option<&Namespace>) -> anyhow::Result<Layout> {
+        match self {
+            Self::Folder(folder) => Ok(Layout::open(folder)?),
+            Self::Bucket(uri) => tier::at(config, uri, namespace),
+        }
+    }
+
+    /// Refuses an image of a namespace that has nothing to do with this place.
+    fn admit(&self, config: &NodeConfig, namespace: &Namespace) -> anyhow::Result<()> {
+        match self {
+            Self::Folder(_) => Ok(()),
+            Self::Bucket(uri) => tier::admit(config, uri, namespace),
+        }
     }
 }
 
@@ -54,8 +114,10 @@ impl FromStr for Place {
 pub(super) struct PushArgs {
     /// The image: [NAMESPACE/]NAME[@GENERATION].
     image: ImageRef,
-    /// The layout, which is made where there is none, and the tag [default: NAMESPACE/NAME@GENERATION].
-    #[arg(value_name = "oci:DIR[:TAG]")]
+    /// The layout, which is made where there is none, and the tag: a folder, oci:DIR[:TAG] [default:
+    /// NAMESPACE/NAME@GENERATION], or a bucket that [[images.tier]] names, s3://BUCKET/PREFIX/[:TAG] [default:
+    /// NAMESPACE/NAME@CREATED-DIGEST].
+    #[arg(value_name = "PLACE")]
     place: Place,
     /// Look in this namespace.
     #[arg(short, long, value_name = "NS")]
@@ -67,8 +129,9 @@ pub(super) struct PushArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct PullArgs {
-    /// The layout, and the tag [default: that of the only image in it].
-    #[arg(value_name = "oci:DIR[:TAG]")]
+    /// The layout, and the tag [default: that of the only image in it]: oci:DIR[:TAG], or s3://BUCKET/PREFIX/[:TAG]
+    /// where [[images.tier]] names it, and there the tag NAMESPACE/NAME means the newest image of that name.
+    #[arg(value_name = "PLACE")]
     place: Place,
     /// Call it [NAMESPACE/]NAME; its generation is the next one [default: as it was called].
     #[arg(value_name = "NAME")]
@@ -81,13 +144,18 @@ pub(super) struct PullArgs {
     json: bool,
 }
 
-pub(super) fn push(store: &ImageStore, args: &PushArgs) -> anyhow::Result<ExitCode> {
+pub(super) fn push(
+    store: &ImageStore,
+    config: &NodeConfig,
+    args: &PushArgs,
+) -> anyhow::Result<ExitCode> {
     let (namespace, generation) = locate(store, &args.image, args.namespace.as_ref())?;
     let image = store.resolve(&namespace, &args.image.name, Some(generation));
     let image = image.map_err(failure)?;
     let reference = image.reference();
-    let tag = args.place.tag.as_deref().unwrap_or(&reference);
-    let layout = Layout::create(&args.place.folder)?;
+    let layout = args.place.at.create(config, &namespace)?;
+    let usual = layout.tag_for(&image);
+    let tag = args.place.tag.as_deref().unwrap_or(&usual);
     let done = AtomicU64::new(0);
     let pushed = with_bar(
         &reference,
@@ -96,9 +164,13 @@ pub(super) fn push(store: &ImageStore, args: &PushArgs) -> anyhow::Result<ExitCo
         || layout.push(&image, tag, &done),
     )?;
     if args.json {
+        let (key, place) = match &args.place.at {
+            At::Folder(folder) => ("folder", folder.display().to_string()),
+            At::Bucket(uri) => ("url", uri.to_string()),
+        };
         output::json(&json!({
             "image": reference,
-            "folder": args.place.folder,
+            key: place,
             "tag": tag,
             "digest": pushed.digest.to_string(),
             "bytes": pushed.bytes,
@@ -108,7 +180,7 @@ pub(super) fn push(store: &ImageStore, args: &PushArgs) -> anyhow::Result<ExitCo
         let there = output::bytes(pushed.bytes - pushed.written);
         output::line(format!(
             "pushed {reference} to {} as {tag}: {}, of which {there} were there already",
-            args.place.folder.display(),
+            args.place.at,
             output::bytes(pushed.bytes)
         ));
     }
@@ -120,7 +192,13 @@ pub(super) fn pull(
     config: &NodeConfig,
     args: &PullArgs,
 ) -> anyhow::Result<ExitCode> {
-    let layout = Layout::open(&args.place.folder)?;
+    let named = args.name.as_ref().and_then(|name| name.namespace.clone());
+    let of_tag = args.place.tag.as_deref().and_then(|tag| {
+        let (namespace, _) = tag.split_once('/')?;
+        namespace.parse().ok()
+    });
+    let whose = named.or(args.namespace.clone()).or(of_tag);
+    let layout = args.place.at.open(config, whose.as_ref())?;
     let found = layout.find(args.place.tag.as_deref())?;
     let manifest = found.manifest();
     let (namespace, name) = match (&args.name, &args.namespace) {
@@ -142,6 +220,7 @@ pub(super) fn pull(
             )
         }
     };
+    args.place.at.admit(config, &namespace)?;
     let encryption = manifest.encryption.as_ref();
     let key_name = encryption.map(|encryption| encryption.key.clone());
     let key = config.key_of(key_name.as_deref(), &namespace);
@@ -194,13 +273,19 @@ mod tests {
     #[test]
     fn a_place_is_a_folder_and_a_tag() {
         let place = |text: &str| text.parse::<Place>();
-        let is = |folder: &str, tag: Option<&str>| Place {
-            folder: folder.into(),
+        let is = |at: At, tag: Option<&str>| Place {
+            at,
             tag: tag.map(str::to_owned),
         };
-        assert_eq!(place("oci:/srv/x"), Ok(is("/srv/x", None)));
-        let tagged = is("x", Some("team-a/warm@3"));
+        let folder = |path: &str| At::Folder(path.into());
+        assert_eq!(place("oci:/srv/x"), Ok(is(folder("/srv/x"), None)));
+        let tagged = is(folder("x"), Some("team-a/warm@3"));
         assert_eq!(place("oci:x:team-a/warm@3"), Ok(tagged));
+        let bucket = |url: &str| At::Bucket(url.parse().unwrap());
+        let plain = is(bucket("s3://images/"), None);
+        assert_eq!(place("s3://images/"), Ok(plain));
+        let tagged = is(bucket("s3://images/a/b/"), Some("team-a/warm"));
+        assert_eq!(place("s3://images/a/b/:team-a/warm"), Ok(tagged));
         for bad in [
             "",
             "/srv/x",
@@ -209,6 +294,12 @@ mod tests {
             "oci:x:",
             "oci:x:a:b",
             "docker://x",
+            "s3://images",
+            "s3://images/a",
+            "s3://images/a:tag",
+            "s3://images/a/:",
+            "s3://images/../:tag",
+            "s3://I/",
         ] {
             assert!(place(bad).is_err(), "{bad}");
         }

@@ -21,14 +21,14 @@ use crate::keys;
 
 /// A folder for CRIU's files of an image: one of the store's, or in memory, where it is encrypted and nothing of it goes
 /// to the disk in clear.
-pub(super) struct Room {
-    pub(super) path: PathBuf,
+pub(crate) struct Room {
+    pub(crate) path: PathBuf,
     /// Removed with it.
     _scratch: Option<Scratch>,
 }
 
 impl Room {
-    pub(super) fn new(store: &ImageStore, key: Option<&Key>) -> anyhow::Result<Self> {
+    pub(crate) fn new(store: &ImageStore, key: Option<&Key>) -> anyhow::Result<Self> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         if key.is_some() {
             let number = MADE.fetch_add(1, Ordering::Relaxed);

@@ -4,11 +4,11 @@ use std::{
     io::{self, Read},
     path::PathBuf,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use rekindle_checkpoint::{
-    ImageError, ImageStore, StagedImage, VerifiedImage,
+    ImageError, ImageStore, SealedImage, StagedImage, VerifiedImage,
     archive::{Existing, Made, open_dir, unpack},
     chunks::StreamReader,
     criu_image::Task,
@@ -29,6 +29,9 @@ use crate::{
 /// In the bundle: CRIU's files of the image.
 const IMAGE: &str = "criu-image";
 
+/// Before its time is over a wait for an image ends with how far that came.
+const TELLING: Duration = Duration::from_millis(200);
+
 /// Opens the image that `plan` names for this container, and puts its upper layer and `/dev/shm` in
 /// place, both by `until`. Also says whether its memory may come in lazily.
 ///
@@ -39,7 +42,8 @@ pub(super) async fn open(
     spec: &Spec,
     until: Instant,
 ) -> Result<(Arc<StagedImage>, bool), Error> {
-    let fitting = tokio::time::timeout_at(until.into(), fitting(fixed, plan, spec)).await;
+    let fitting = fitting(fixed, plan, spec, until);
+    let fitting = tokio::time::timeout_at(until.into(), fitting).await;
     let (image, lazily) =
         fitting.unwrap_or_else(|_| Err(late(fixed, "the image was not verified")))?;
     let staged = step(&fixed.id, "stage", stage(fixed, image, spec, until)).await?;
@@ -51,13 +55,14 @@ async fn fitting(
     fixed: &Fixed,
     plan: &RestorePlan,
     spec: &Spec,
+    until: Instant,
 ) -> Result<(VerifiedImage, bool), Error> {
     let cannot = |reason: String| PhaseError::CannotRestore {
         id: fixed.id.clone(),
         reason,
     };
     let (image, host, digest, lazily) = tokio::join!(
-        step(&fixed.id, "verify", verified(fixed, plan)),
+        step(&fixed.id, "verify", verified(fixed, plan, until)),
         fixed.shared.host.get(&fixed.runc.exits, &fixed.runc.binary),
         digest(fixed),
         lazily(fixed),
@@ -84,7 +89,11 @@ async fn fitting(
 }
 
 /// The image, and what CRIU would give its tasks.
-async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, Vec<Task>), Error> {
+async fn verified(
+    fixed: &Fixed,
+    plan: &RestorePlan,
+    until: Instant,
+) -> Result<(VerifiedImage, Vec<Task>), Error> {
     let cannot = |reason: String| PhaseError::CannotRestore {
         id: fixed.id.clone(),
         reason,
@@ -99,11 +108,28 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, V
             _ => PhaseError::CannotRestore { id, reason },
         }
     };
-    let root = fixed.shared.node.images.root.clone();
-    let (namespace, name, generation) =
-        (plan.namespace.clone(), plan.name.clone(), plan.generation);
-    let found = blocking(move || ImageStore::open(&root)?.resolve(&namespace, &name, generation));
-    let sealed = found.await?.map_err(unfit)?;
+    let sealed = match resolve(fixed, plan).await? {
+        Err(unknown @ ImageError::Unknown(_)) => {
+            // One reason, while there is still time to tell it.
+            let known = until.checked_sub(TELLING).unwrap_or(until);
+            let shared = &fixed.shared;
+            match step(
+                &fixed.id,
+                "fetch",
+                shared.data.image(plan, &shared.node, known),
+            )
+            .await
+            {
+                Ok(true) => resolve(fixed, plan).await?.map_err(unfit)?,
+                Ok(false) => return Err(unfit(unknown).into()),
+                Err(error) => {
+                    let reason = format!("{}; {}", sentence(&unknown), sentence(&error));
+                    return Err(cannot(reason).into());
+                }
+            }
+        }
+        found => found.map_err(unfit)?,
+    };
     let key = keys::for_image(&fixed.shared, &plan.namespace, sealed.key()).await;
     let key = key.map_err(cannot)?;
     if key.is_some() {
@@ -119,6 +145,17 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan) -> Result<(VerifiedImage, V
         Ok::<_, ImageError>((image, tasks))
     });
     Ok(verified.await?.map_err(unfit)?)
+}
+
+/// Looks for the image on this node.
+async fn resolve(
+    fixed: &Fixed,
+    plan: &RestorePlan,
+) -> Result<Result<SealedImage, ImageError>, Error> {
+    let root = fixed.shared.node.images.root.clone();
+    let (namespace, name, generation) =
+        (plan.namespace.clone(), plan.name.clone(), plan.generation);
+    blocking(move || ImageStore::open(&root)?.resolve(&namespace, &name, generation)).await
 }
 
 /// Reads all pages, for a restore without a pager.

@@ -1,11 +1,13 @@
-//! How patient the engine is.
+//! How patient a client of a store is.
 
 use std::{
     hash::{BuildHasher, RandomState},
     time::Duration,
 };
 
-/// How patient the engine is. The defaults suit a node; tests want less.
+use super::S3Error;
+
+/// How patient a client of a store is. The defaults suit a node; tests want less.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuning {
     /// Attempts in a row without a byte before a request is given up.
@@ -16,7 +18,7 @@ pub struct Tuning {
     pub longest_pause: Duration,
     /// A connection that brings no byte for this long is abandoned, and the rest asked for again.
     pub stall: Duration,
-    /// How often objects may change under a download before it is given up.
+    /// How often the objects of a dataset may change under a download before it is given up.
     pub rounds: u32,
 }
 
@@ -36,27 +38,38 @@ impl Default for Tuning {
 
 /// Counts attempts without progress, and paces them.
 #[derive(Debug)]
-pub(crate) struct Patience {
+pub struct Patience {
     tuning: Tuning,
     failed: u32,
 }
 
 impl Patience {
-    pub(crate) fn new(tuning: Tuning) -> Self {
+    /// All of it.
+    pub fn new(tuning: Tuning) -> Self {
         Self { tuning, failed: 0 }
     }
 
     /// A byte came.
-    pub(crate) fn renew(&mut self) {
+    pub fn renew(&mut self) {
         self.failed = 0;
     }
 
-    pub(crate) fn failed(&self) -> u32 {
+    /// Attempts since then, or since the beginning.
+    pub fn failed(&self) -> u32 {
         self.failed
     }
 
+    /// That there was none after all.
+    pub fn ended(&self, doing: String, last: String) -> S3Error {
+        S3Error::Unavailable {
+            doing,
+            attempts: self.failed,
+            last,
+        }
+    }
+
     /// Waits before the next attempt; false when there is to be none.
-    pub(crate) async fn wait(&mut self) -> bool {
+    pub async fn wait(&mut self) -> bool {
         self.failed += 1;
         if self.failed >= self.tuning.attempts {
             return false;

@@ -1,5 +1,5 @@
-//! The SDK's client for one source: its endpoint, its certificates, its credentials, and nothing that
-//! retries or checks behind the engine's back.
+//! The SDK's client for one store: its endpoint, its certificates, its credentials, and nothing that
+//! retries or checks behind its caller's back.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -25,21 +25,25 @@ use aws_smithy_http_client::{
     Builder,
     tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
 };
-use rekindle_core::config::Source;
+use rekindle_core::config::S3Access;
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, pem::PemObject},
 };
 
-use crate::DatasetError;
+use super::S3Error;
 
 /// A connection that takes longer does not come: retransmits of SYN alone are 1 s and 3 s.
 const CONNECT: Duration = Duration::from_secs(5);
 
-pub(super) async fn new(source: &Source, connections: usize) -> Result<Client, DatasetError> {
-    let http = http_client(source, connections)?;
-    let region = region(source).await;
-    let path_style = source.path_style.unwrap_or(source.endpoint.is_some());
+/// A client that keeps at most so many connections open between requests.
+///
+/// # Errors
+/// [`S3Error::Access`].
+pub async fn client(access: &S3Access, connections: usize) -> Result<Client, S3Error> {
+    let http = http_client(access, connections)?;
+    let region = region(access).await;
+    let path_style = access.path_style.unwrap_or(access.endpoint.is_some());
     let mut config = Config::builder()
         .behavior_version(BehaviorVersion::latest())
         .http_client(http.clone())
@@ -51,25 +55,25 @@ pub(super) async fn new(source: &Source, connections: usize) -> Result<Client, D
         // Upload trailers and checks of whole objects break some stores and do nothing for ranges.
         .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
         .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
-    if let Some(endpoint) = &source.endpoint {
+    if let Some(endpoint) = &access.endpoint {
         config = config.endpoint_url(endpoint);
     }
-    if source.anonymous {
+    if access.anonymous {
         config = config.allow_no_auth();
     } else {
-        config = config.credentials_provider(credentials(source, http, region)?);
+        config = config.credentials_provider(credentials(access, http, region)?);
     }
     Ok(Client::from_conf(config.build()))
 }
 
-/// The source's region, else what the environment or the profile says. Never the metadata service: off
+/// The store's region, else what the environment or the profile says. Never the metadata service: off
 /// AWS it only stalls.
-async fn region(source: &Source) -> Region {
-    if let Some(region) = &source.region {
+async fn region(access: &S3Access) -> Region {
+    if let Some(region) = &access.region {
         return Region::new(region.clone());
     }
     let mut profile = ProfileFileRegionProvider::builder();
-    if let Some(name) = &source.profile {
+    if let Some(name) = &access.profile {
         profile = profile.profile_name(name);
     }
     RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
@@ -79,23 +83,23 @@ async fn region(source: &Source) -> Region {
         .unwrap_or_else(|| Region::from_static("us-east-1"))
 }
 
-/// The SDK's own chain in its own order, with the metadata service only where the source asks for it,
-/// or the source's credentials file alone.
+/// The SDK's own chain in its own order, with the metadata service only where the configuration asks for it,
+/// or a credentials file alone.
 fn credentials(
-    source: &Source,
+    access: &S3Access,
     http: SharedHttpClient,
     region: Region,
-) -> Result<CredentialsProviderChain, DatasetError> {
+) -> Result<CredentialsProviderChain, S3Error> {
     let common = ProviderConfig::without_region()
         .with_http_client(http)
         .with_region(Some(region));
     let mut profile = ProfileFileCredentialsProvider::builder().configure(&common);
-    if let Some(name) = &source.profile {
+    if let Some(name) = &access.profile {
         profile = profile.profile_name(name);
     }
-    if let Some(path) = &source.credentials_file {
+    if let Some(path) = &access.credentials_file {
         // The SDK takes a missing file for an empty one and then says only "no credentials".
-        fs::File::open(path).map_err(|e| unusable(source, path, e))?;
+        fs::File::open(path).map_err(|e| unusable(path, e))?;
         let files = EnvConfigFiles::builder()
             .with_file(EnvConfigFileKind::Credentials, path)
             .build();
@@ -120,7 +124,7 @@ fn credentials(
         "EcsContainer",
         EcsCredentialsProvider::builder().configure(&common).build(),
     );
-    Ok(if source.instance_metadata {
+    Ok(if access.instance_metadata {
         let imds = ImdsCredentialsProvider::builder().configure(&common);
         chain.or_else("Ec2InstanceMetadata", imds.build())
     } else {
@@ -128,20 +132,17 @@ fn credentials(
     })
 }
 
-fn http_client(source: &Source, connections: usize) -> Result<SharedHttpClient, DatasetError> {
+fn http_client(access: &S3Access, connections: usize) -> Result<SharedHttpClient, S3Error> {
     // The client asserts that the system has certificates; on a bare node with a CA file it has none.
     let native = !rustls_native_certs::load_native_certs().certs.is_empty();
     let mut trust = TrustStore::empty().with_native_roots(native);
-    if let Some(path) = &source.ca_file {
-        trust.add_pem_certificate(authorities(source, path)?);
+    if let Some(path) = &access.ca_file {
+        trust.add_pem_certificate(authorities(path)?);
     }
     let tls = TlsContext::builder()
         .with_trust_store(trust)
         .build()
-        .map_err(|e| DatasetError::Source {
-            allow: source.allow.clone(),
-            reason: e.to_string(),
-        })?;
+        .map_err(|e| S3Error::Access(e.to_string()))?;
     Ok(Builder::new()
         .pool_max_idle_per_host(connections)
         .tls_provider(Provider::Rustls(CryptoMode::Ring))
@@ -149,23 +150,20 @@ fn http_client(source: &Source, connections: usize) -> Result<SharedHttpClient, 
         .build_https())
 }
 
-/// The source's CA file, checked: the client panics over one that it cannot read.
-fn authorities(source: &Source, path: &Path) -> Result<Vec<u8>, DatasetError> {
-    let pem = fs::read(path).map_err(|e| unusable(source, path, e))?;
+/// A CA file, checked: the client panics over one that it cannot read.
+fn authorities(path: &Path) -> Result<Vec<u8>, S3Error> {
+    let pem = fs::read(path).map_err(|e| unusable(path, e))?;
     let mut roots = RootCertStore::empty();
     for cert in CertificateDer::pem_slice_iter(&pem) {
-        let cert = cert.map_err(|e| unusable(source, path, e))?;
-        roots.add(cert).map_err(|e| unusable(source, path, e))?;
+        let cert = cert.map_err(|e| unusable(path, e))?;
+        roots.add(cert).map_err(|e| unusable(path, e))?;
     }
     if roots.is_empty() {
-        return Err(unusable(source, path, "there is no certificate in it"));
+        return Err(unusable(path, "there is no certificate in it"));
     }
     Ok(pem)
 }
 
-fn unusable(source: &Source, path: &Path, reason: impl ToString) -> DatasetError {
-    DatasetError::Source {
-        allow: source.allow.clone(),
-        reason: format!("{}: {}", path.display(), reason.to_string()),
-    }
+fn unusable(path: &Path, reason: impl ToString) -> S3Error {
+    S3Error::Access(format!("{}: {}", path.display(), reason.to_string()))
 }

@@ -1,0 +1,187 @@
+//! `rekindle image fetch`: an image is on this node, from its tier where it was not. For the shim, whose restore waits
+//! for it, and for a person who knows what will be wanted.
+//!
+//! With `--json` it writes one object per line, and the last one is `ready` or `failed`. Nobody reading them does not
+//! stop it. One process of the node fetches an image; whoever else wants it waits until that is over.
+
+use std::{
+    io::{Write as _, stdout},
+    process::ExitCode,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use rekindle_checkpoint::{ImageError, ImageStore, SealedImage, layout::LayoutError};
+use rekindle_core::{
+    config::NodeConfig,
+    name::{ImageName, ImageRef, Namespace},
+};
+use rekindle_store::s3::{S3Error, Tuning};
+use serde_json::{Value, json};
+
+use super::{opened::Room, with_bar};
+use crate::{exit::Failure, keys, output, tier};
+
+/// A start waits for it, and can do something else: a store that is not there is known within seconds, and one that takes
+/// connections and says nothing within less than a minute.
+const TUNING: Tuning = Tuning {
+    attempts: 4,
+    first_pause: Duration::from_millis(200),
+    longest_pause: Duration::from_secs(2),
+    stall: Duration::from_secs(10),
+    rounds: 1,
+};
+/// Between two looks whether another process has it, and between two lines of progress.
+const TICK: Duration = Duration::from_millis(250);
+/// Weight of the last tick in the reported rate: it settles within about two seconds.
+const NEWEST: f64 = 0.2;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct FetchArgs {
+    /// The image: [NAMESPACE/]NAME. Its newest generation is meant.
+    image: ImageRef,
+    /// It is of this namespace [default: default].
+    #[arg(short, long, value_name = "NS")]
+    namespace: Option<Namespace>,
+    /// One JSON object per line on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(
+    store: &ImageStore,
+    config: &NodeConfig,
+    args: &FetchArgs,
+) -> anyhow::Result<ExitCode> {
+    let (namespace, name) = wanted(args)?;
+    let fetched = fetch(store, config, (&namespace, &name), args.json);
+    // The lock, which is nobody's by now. What cannot be removed is left to the next sweep.
+    let _ = store.sweep();
+    if args.json {
+        line(&match &fetched {
+            Ok((image, hit)) => json!({
+                "event": "ready",
+                "image": image.reference(),
+                "bytes": image.manifest().total_bytes(),
+                "hit": hit,
+            }),
+            Err(error) => json!({"event": "failed", "reason": format!("{error:#}")}),
+        });
+    }
+    let (image, hit) = fetched?;
+    if !args.json {
+        let how = if hit { "is here already" } else { "fetched" };
+        let bytes = output::bytes(image.manifest().total_bytes());
+        output::line(format!("{} ({bytes}) {how}", image.reference()));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn wanted(args: &FetchArgs) -> anyhow::Result<(Namespace, ImageName)> {
+    let image = &args.image;
+    if image.generation.is_some() {
+        let reason = format!(
+            "image {image}: a generation's number is a node's own; what is fetched is the newest image of a name"
+        );
+        return Err(Failure::Refused(reason).into());
+    }
+    let namespace = match (&image.namespace, &args.namespace) {
+        (Some(a), Some(b)) if a != b => {
+            let reason = format!("image {image}: it names namespace {a}, and --namespace is {b}");
+            return Err(Failure::Refused(reason).into());
+        }
+        (Some(namespace), _) | (None, Some(namespace)) => namespace.clone(),
+        (None, None) => "default".parse()?,
+    };
+    Ok((namespace, image.name.clone()))
+}
+
+/// The image, and whether it was here.
+fn fetch(
+    store: &ImageStore,
+    config: &NodeConfig,
+    (namespace, name): (&Namespace, &ImageName),
+    json: bool,
+) -> anyhow::Result<(SealedImage, bool)> {
+    let here = || match store.resolve(namespace, name, None) {
+        Err(ImageError::Unknown(_)) => Ok(None),
+        found => found.map(Some),
+    };
+    if let Some(image) = here()? {
+        return Ok((image, true));
+    }
+    let Some(layout) = tier::of(config, namespace, TUNING)? else {
+        let reason = format!(
+            "there is no image {namespace}/{name} on this node, and no [[images.tier]] for namespace {namespace}"
+        );
+        return Err(Failure::NotFound(reason).into());
+    };
+    let _alone = loop {
+        if let Some(lock) = store.fetching(namespace, name)? {
+            break lock;
+        }
+        if json {
+            line(&json!({"event": "waiting"}));
+        }
+        std::thread::park_timeout(TICK);
+    };
+    if let Some(image) = here()? {
+        return Ok((image, true));
+    }
+    let found = layout.find_image(namespace, name).map_err(not_found)?;
+    let encryption = found.manifest().encryption.as_ref();
+    let key = config.key_of(encryption.map(|of| of.key.as_str()), namespace);
+    let key = key.map(keys::read).transpose()?;
+    let room = Room::new(store, key.as_ref())?;
+    let packs: u64 = found.manifest().packs.iter().map(|pack| pack.size).sum();
+    let total = found.bytes() + packs;
+    let (done, checked) = (AtomicU64::new(0), AtomicU64::new(0));
+    let count = || done.load(Ordering::Relaxed) + checked.load(Ordering::Relaxed);
+    let work = || {
+        let counts = (&done, &checked);
+        found.pull(store, (namespace, name), key.as_ref(), &room.path, counts)
+    };
+    let pulled = match json {
+        true => with_lines(total, count, work),
+        false => with_bar(&format!("{namespace}/{name}"), total, count, work),
+    };
+    Ok((pulled?.image, false))
+}
+
+/// That the tier has no such image is no failure of the store.
+fn not_found(error: LayoutError) -> anyhow::Error {
+    match error {
+        LayoutError::NoTag { .. } | LayoutError::Remote(S3Error::Missing { .. }) => {
+            Failure::NotFound(error.to_string()).into()
+        }
+        other => other.into(),
+    }
+}
+
+/// Does some work, with a line of progress every now and then.
+fn with_lines<T: Send>(total: u64, done: impl Fn() -> u64, work: impl FnOnce() -> T + Send) -> T {
+    let result = std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        let (mut last, mut rate) = ((Instant::now(), 0), None);
+        while !working.is_finished() {
+            std::thread::park_timeout(TICK);
+            let now = (Instant::now(), done());
+            let newest = (now.1 - last.1) as f64 / (now.0 - last.0).as_secs_f64().max(0.001);
+            let settled = rate.map_or(newest, |rate: f64| rate + NEWEST * (newest - rate));
+            (last, rate) = (now, Some(settled));
+            line(&json!({
+                "event": "progress",
+                "done": now.1,
+                "total": total,
+                "bytes_per_second": settled as u64,
+            }));
+        }
+        working.join()
+    });
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn line(value: &Value) {
+    // The reader may be gone (a shim that was killed); the fetch goes on for the next one.
+    let _ = writeln!(stdout().lock(), "{value}");
+}

@@ -1,0 +1,85 @@
+//! Object stores that have copies of images, as `[[images.tier]]` names them.
+
+use anyhow::Context as _;
+use rekindle_checkpoint::layout::Layout;
+use rekindle_core::{
+    config::{NodeConfig, Tier},
+    name::Namespace,
+    uri::DatasetUri,
+};
+use rekindle_store::s3::{Bucket, Limits, Tuning};
+use tokio::runtime::Handle;
+
+use crate::exit::Failure;
+
+/// The layout in a bucket, as a tier that it lies in says; for images of `namespace`, where that is known. Blocks.
+pub(crate) fn at(
+    config: &NodeConfig,
+    place: &DatasetUri,
+    namespace: Option<&Namespace>,
+) -> anyhow::Result<Layout> {
+    let found = match namespace {
+        Some(namespace) => config.tier_at(place, namespace),
+        None => {
+            let mut all = config.images.tiers.iter();
+            all.find(|tier| place.to_string().starts_with(&tier.url))
+        }
+    };
+    let tier = found.ok_or_else(|| refused(place, namespace))?;
+    open(config, tier, place, Tuning::default())
+}
+
+/// The layout of the tier that has the images of a namespace; none where there is none. Blocks.
+pub(crate) fn of(
+    config: &NodeConfig,
+    namespace: &Namespace,
+    tuning: Tuning,
+) -> anyhow::Result<Option<Layout>> {
+    let Some(tier) = config.tier_for(namespace) else {
+        return Ok(None);
+    };
+    open(config, tier, &tier.url.parse()?, tuning).map(Some)
+}
+
+/// Refuses a bucket that is no tier of a namespace.
+pub(crate) fn admit(
+    config: &NodeConfig,
+    place: &DatasetUri,
+    namespace: &Namespace,
+) -> anyhow::Result<()> {
+    match config.tier_at(place, namespace) {
+        Some(_) => Ok(()),
+        None => Err(refused(place, Some(namespace)).into()),
+    }
+}
+
+fn refused(place: &DatasetUri, namespace: Option<&Namespace>) -> Failure {
+    let whose = namespace.map_or_else(String::new, |namespace| {
+        format!(" for namespace {namespace}")
+    });
+    Failure::Refused(format!(
+        "{place} is no tier of images{whose}: add it to an [[images.tier]] in the node's configuration"
+    ))
+}
+
+/// The layout of a place, with the access of its tier.
+fn open(
+    config: &NodeConfig,
+    tier: &Tier,
+    place: &DatasetUri,
+    tuning: Tuning,
+) -> anyhow::Result<Layout> {
+    let DatasetUri::S3 { bucket, key } = place else {
+        return Err(Failure::Refused(format!("{place} is no bucket")).into());
+    };
+    // What a download of a dataset has in flight is what a node can take.
+    let limits = Limits {
+        concurrency: config.datasets.concurrency,
+        part_size: config.datasets.part_size,
+        tuning,
+    };
+    let runtime = Handle::current();
+    let opened = runtime.block_on(Bucket::open(&tier.access, bucket, key, limits));
+    let bucket = opened.with_context(|| format!("the tier {:?}", tier.url))?;
+    Ok(Layout::in_bucket(bucket, runtime))
+}

@@ -1,0 +1,567 @@
+//! `rekindle agent` with a store of images and a bucket: no containerd, and no root.
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests, which clippy does not know for tests"
+)]
+
+#[rustfmt::skip]
+#[allow(warnings, clippy::all, reason = "generated")]
+#[path = "../../shim/agent/src/api/agent.rs"]
+mod agent;
+#[rustfmt::skip]
+#[allow(warnings, clippy::all, reason = "generated")]
+#[path = "../../shim/agent/src/api/agent_ttrpc.rs"]
+mod agent_ttrpc;
+
+use agent::event::Kind;
+use agent_ttrpc::AgentClient;
+use rekindle_checkpoint::manifest::UPPER_FILE;
+use rekindle_checkpoint::{Facts, ImageStore, chunks::Compression};
+use rekindle_core::step::AgentStep;
+use rekindle_harness::{cli, s3_server};
+use serde_json::Value;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// Generations of each image; of which one is kept on the node.
+const MADE: u64 = 3;
+/// Of each: long enough to be killed in its upload, and of several parts.
+const BYTES: usize = 12 << 20;
+
+/// Images of `team-a`, which has a tier, and of `team-b`, which has none.
+struct Node {
+    folder: TempDir,
+    server: Child,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+impl Node {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let bucket = folder.path().join("s3/images");
+        fs::create_dir_all(bucket).unwrap();
+        let mut server = Command::new(s3_server().unwrap())
+            .arg("--http")
+            .arg("--root")
+            .arg(folder.path().join("s3"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(server.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let ready: Value = serde_json::from_str(&line).unwrap();
+        let credentials = folder.path().join("credentials");
+        let keys = "[default]\naws_access_key_id=rekindle\naws_secret_access_key=rekindle-secret\n";
+        fs::write(&credentials, keys).unwrap();
+        let node = Self { folder, server };
+        for name in ["node", "other"] {
+            let root = node.root(name);
+            let endpoint = &ready["endpoint"];
+            let text = format!(
+                "[images]\nroot = {root:?}\n[images.retention]\nkeep = 1\nquota = \"1TiB\"\n\
+                 [agent]\nevery = \"1h\"\n\
+                 [[images.tier]]\nurl = \"s3://images/a/\"\nnamespaces = [\"team-a\"]\n\
+                 endpoint = {endpoint}\ncredentials-file = {credentials:?}\nregion = \"us-east-1\"\n"
+            );
+            fs::write(node.config(name), text).unwrap();
+        }
+        node
+    }
+
+    /// With images of both.
+    fn with_images() -> Self {
+        let node = Self::new();
+        for generation in 0..MADE {
+            node.make("team-a", generation as u32);
+            node.make("team-b", 100 + generation as u32);
+        }
+        node
+    }
+
+    fn root(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn config(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.toml"))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("run/agent.sock")
+    }
+
+    async fn client(&self) -> AgentClient {
+        let address = format!("unix://{}", self.socket().display());
+        AgentClient::new(ttrpc::r#async::Client::connect(&address).await.unwrap())
+    }
+
+    fn store(&self) -> ImageStore {
+        ImageStore::open(&self.root("node")).unwrap()
+    }
+
+    /// Makes the next generation of `NAMESPACE/warm`, unlike all others.
+    fn make(&self, namespace: &str, seed: u32) {
+        let store = self.store();
+        let (namespace, name) = (namespace.parse().unwrap(), "warm".parse().unwrap());
+        let request = store.begin(&namespace, &name, Default::default()).unwrap();
+        let order = store.partial_at(&request.dir()).unwrap().unwrap();
+        let private = self.folder.path().join("private");
+        let partial = order.begin(None, Compression::None, &private).unwrap();
+        let words = |words: [u32; 2]| words.map(u32::to_le_bytes).concat();
+        let criu = partial.criu_dir();
+        fs::write(criu.join("inventory.img"), words([0x5831_3116, 0])).unwrap();
+        fs::write(criu.join("pstree.img"), words([0x5456_4319, 0x5027_3030])).unwrap();
+        let mut stream = partial.chunks().stream(UPPER_FILE);
+        stream.write_all(&bytes(seed)).unwrap();
+        stream.finish().unwrap();
+        partial.seal(Facts::default()).unwrap();
+    }
+
+    fn rekindle(&self, node: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(cli().unwrap());
+        command
+            .arg("--config")
+            .arg(self.config(node))
+            .args(args)
+            .env_remove("REKINDLE_LOG");
+        command
+    }
+
+    fn once(&self) -> Output {
+        self.rekindle("node", &["agent", "--once"])
+            .output()
+            .unwrap()
+    }
+
+    /// The generations of `NAMESPACE/warm` that are on the node, each of which must be sound. One that has lost its
+    /// manifest is none any more: its removal was killed.
+    fn here(&self, namespace: &str) -> Vec<u64> {
+        let found = self.listed(namespace);
+        for generation in &found {
+            let image = format!("{namespace}/warm@{generation}");
+            let args = ["image", "verify", image.as_str()];
+            let verified = self.rekindle("node", &args).output().unwrap();
+            assert!(verified.status.success(), "{verified:?}");
+        }
+        found
+    }
+
+    fn listed(&self, namespace: &str) -> Vec<u64> {
+        let args = ["image", "ls", "--json", "-n", namespace];
+        let output = self.rekindle("node", &args).output().unwrap();
+        let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let whole = rows.iter().filter(|row| row["refused"].is_null());
+        let numbers = whole.map(|row| row["generation"].as_u64().unwrap());
+        numbers.collect()
+    }
+
+    /// The tags in the bucket, each of which must be a whole image for another node.
+    fn tags(&self) -> Vec<String> {
+        let folder = self.folder.path().join("s3/images/a/tags/team-a");
+        let mut tags = Vec::new();
+        for entry in fs::read_dir(folder).into_iter().flatten() {
+            let tag = entry.unwrap().file_name().into_string().unwrap();
+            let place = format!("s3://images/a/:team-a/{tag}");
+            let args = ["image", "pull", place.as_str()];
+            let pulled = self.rekindle("other", &args).output().unwrap();
+            assert!(pulled.status.success(), "{tag}: {pulled:?}");
+            tags.push(tag);
+        }
+        let _ = fs::remove_dir_all(self.root("other"));
+        tags
+    }
+
+    /// What lies in the folder for images that are being made.
+    fn partial(&self) -> usize {
+        let found = fs::read_dir(self.root("node").join(".partial"));
+        found.into_iter().flatten().count()
+    }
+}
+
+/// No two chunks of which are alike; others for another seed.
+fn bytes(seed: u32) -> Vec<u8> {
+    let mut state = (seed + 1).wrapping_mul(0x9e37_79b9) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        Some(state)
+    };
+    let words = std::iter::from_fn(next).flat_map(u32::to_le_bytes);
+    words.take(BYTES).collect()
+}
+
+#[test]
+fn images_are_in_their_tier_before_they_go() {
+    let node = Node::with_images();
+    let ended = node.once();
+    assert!(ended.status.success(), "{ended:?}");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(said.matches("replicated").count(), 3, "{said}");
+    assert_eq!(said.matches("removed").count(), 4, "{said}");
+    assert_eq!(
+        (node.here("team-a"), node.here("team-b")),
+        (vec![3], vec![3])
+    );
+    assert_eq!(node.tags().len(), 3);
+    // And there is nothing left to do.
+    let ended = node.once();
+    assert!(
+        ended.status.success() && ended.stderr.is_empty(),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn what_its_tier_does_not_take_stays() {
+    let mut node = Node::with_images();
+    node.server.kill().unwrap();
+    node.server.wait().unwrap();
+    let ended = node.once();
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    // Once for all images of the tier, and not after a minute for each.
+    assert_eq!(said.matches("gave up").count(), 1, "{said}");
+    assert_eq!(node.here("team-a"), [1, 2, 3]);
+    assert_eq!(node.here("team-b"), [3]);
+}
+
+#[test]
+fn what_is_damaged_is_not_replicated_and_stays() {
+    let node = Node::with_images();
+    let folder = node.root("node").join("team-a/warm/1");
+    let pack = fs::read_dir(folder).unwrap().find_map(|entry| {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        name.starts_with("pack-").then_some(path)
+    });
+    let mut bytes = fs::read(pack.as_ref().unwrap()).unwrap();
+    bytes[BYTES / 2] ^= 1;
+    fs::write(pack.unwrap(), bytes).unwrap();
+    let ended = node.once();
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(said.contains("not replicated, and not removed"), "{said}");
+    assert_eq!(node.tags().len(), 2);
+    assert_eq!(node.listed("team-a"), [1, 3]);
+}
+
+#[test]
+fn what_is_leased_stays_as_long() {
+    let node = Node::with_images();
+    let store = node.store();
+    let (namespace, name) = ("team-a".parse().unwrap(), "warm".parse().unwrap());
+    let lease = store.resolve(&namespace, &name, Some(1)).unwrap();
+    assert!(node.once().status.success());
+    assert_eq!(node.here("team-a"), [1, 3]);
+    assert_eq!(node.tags().len(), 3);
+    drop(lease);
+    assert!(node.once().status.success());
+    assert_eq!(node.here("team-a"), [3]);
+}
+
+#[test]
+fn there_is_one_on_a_node() {
+    let node = Node::new();
+    let mut first = resting(&node);
+    let second = node.once();
+    assert_eq!(second.status.code(), Some(3), "{second:?}");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert!(node.once().status.success());
+}
+
+/// An agent that has done its round.
+fn resting(node: &Node) -> Child {
+    begun(node, AgentStep::Rest)
+}
+
+/// An agent that has begun a step.
+fn begun(node: &Node, step: AgentStep) -> Child {
+    let socket = node.socket();
+    let mut agent = node
+        .rekindle("node", &["agent", "--socket", socket.to_str().unwrap()])
+        .env("REKINDLE_LOG", "warn,rekindle=debug")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(agent.stderr.take().unwrap()).lines();
+    let wanted = format!("begins step={step:?}");
+    let mut said = Vec::new();
+    while let Some(line) = lines.next() {
+        let line = line.unwrap();
+        if line.contains(&wanted) {
+            // Somebody reads what it says, as long as it lives.
+            std::thread::spawn(move || lines.for_each(drop));
+            return agent;
+        }
+        said.push(line);
+    }
+    agent.wait().unwrap();
+    panic!("it ended before it came to {step:?}: {said:#?}");
+}
+
+/// What is true when a step begins: images of `team-a` that are in the tier, and generations that are on the node. A step
+/// that is new has to say it, and is killed in then, too.
+fn true_when(step: AgentStep) -> (u64, u64) {
+    match step {
+        AgentStep::Sweep | AgentStep::List | AgentStep::Replicate => (0, MADE),
+        AgentStep::Plan | AgentStep::Evict => (MADE, MADE),
+        AgentStep::Rest => (MADE, 1),
+    }
+}
+
+/// Wherever it is: each image is on the node or in its tier, whole, and the next one does the rest.
+#[test]
+fn it_is_killed_in_each_of_its_steps() {
+    let mut cases = 0;
+    for step in AgentStep::ALL {
+        // At its beginning, and somewhere in it.
+        for after in [0, 15, 60] {
+            let node = Node::with_images();
+            let left = node.root("node").join(".partial/left");
+            fs::create_dir(&left).unwrap();
+            fs::write(left.join("pack-0"), "half of one").unwrap();
+            let mut agent = begun(&node, *step);
+            std::thread::park_timeout(Duration::from_millis(after));
+            agent.kill().unwrap();
+            agent.wait().unwrap();
+
+            let what = format!("killed {after} ms after {step:?} began");
+            let (in_tier, on_node) = true_when(*step);
+            let (tags, here) = (node.tags().len() as u64, node.here("team-a"));
+            assert!(tags >= in_tier, "{what}: {tags} are in the tier");
+            if after == 0 && *step == AgentStep::Rest {
+                assert_eq!(here.len() as u64, on_node, "{what}");
+            }
+            assert!(here.contains(&MADE), "{what}: the newest is gone: {here:?}");
+            let gone = MADE - here.len() as u64;
+            assert!(
+                gone == 0 || tags == MADE,
+                "{what}: {here:?} are here, {tags} there"
+            );
+
+            let ended = node.once();
+            assert!(ended.status.success(), "{what}: {ended:?}");
+            assert_eq!(node.tags().len() as u64, MADE, "{what}");
+            assert_eq!(node.here("team-a"), [MADE], "{what}");
+            assert_eq!(node.here("team-b"), [MADE], "{what}");
+            assert_eq!(node.partial(), 0, "{what}");
+            let verified = node
+                .rekindle("node", &["image", "verify"])
+                .output()
+                .unwrap();
+            assert!(verified.status.success(), "{what}: {verified:?}");
+            cases += 1;
+        }
+    }
+    println!("{cases} agents were killed");
+}
+
+/// For a call that takes at most a minute.
+fn within() -> ttrpc::context::Context {
+    ttrpc::context::with_timeout(60_000_000_000)
+}
+
+/// What a call was refused with.
+fn refusal<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> (ttrpc::Code, String) {
+    match answer.unwrap_err() {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn its_api_tells_what_there_is_and_what_it_does() {
+    let node = Node::with_images();
+    let mut running = resting(&node);
+    let client = node.client().await;
+    let images = async |namespace: &str| {
+        let mut request = agent::ImagesRequest::new();
+        request.namespace = namespace.to_owned();
+        client.images(within(), &request).await.unwrap().images
+    };
+    let all = images("").await;
+    let told = |image: &agent::Image| {
+        let name = format!("{}/{}@{}", image.namespace, image.name, image.generation);
+        (name, image.replicated, image.readable, image.in_use)
+    };
+    let told: Vec<_> = all.iter().map(told).collect();
+    let a = ("team-a/warm@3".to_owned(), true, true, false);
+    let b = ("team-b/warm@3".to_owned(), false, true, false);
+    assert_eq!(told, [a, b]);
+    assert!(all[0].bytes >= BYTES as u64 && all[0].last_used > 1_700_000_000);
+    assert_eq!(images("team-b").await.len(), 1);
+
+    // A round that is asked for, and somebody watches.
+    node.make("team-a", 50);
+    let watch = agent::WatchRequest::new();
+    let mut watching = client
+        .watch(ttrpc::context::Context::default(), &watch)
+        .await
+        .unwrap();
+    let first = watching.recv().await.unwrap().unwrap();
+    assert_eq!(first.step, AgentStep::Rest.name());
+    let request = agent::RoundRequest::new();
+    let round = client.round(within(), &request);
+    let watched = async {
+        let mut seen = Vec::new();
+        loop {
+            let event = watching.recv().await.unwrap().unwrap();
+            let ends = event.step == AgentStep::Rest.name();
+            seen.push(event);
+            if ends {
+                return seen;
+            }
+        }
+    };
+    let watched = tokio::time::timeout(Duration::from_secs(60), watched);
+    let (round, seen) = tokio::join!(round, watched);
+    assert_eq!(round.unwrap().failed, 0);
+    let seen = seen.unwrap();
+    let steps: Vec<&str> = seen.iter().map(|event| event.step.as_str()).collect();
+    let steps: Vec<&str> = steps.into_iter().filter(|step| !step.is_empty()).collect();
+    let wanted: Vec<&str> = AgentStep::ALL.iter().map(|step| step.name()).collect();
+    assert_eq!(steps, wanted);
+    let of = |kind: Kind, image: &str| {
+        let is =
+            |event: &&agent::Event| event.kind.enum_value() == Ok(kind) && event.image == image;
+        seen.iter().filter(is).count()
+    };
+    assert_eq!(of(Kind::APPEARED, "team-a/warm@4"), 1, "{seen:?}");
+    assert!(of(Kind::REPLICATING, "team-a/warm@4") >= 1, "{seen:?}");
+    assert_eq!(of(Kind::REPLICATED, "team-a/warm@4"), 1, "{seen:?}");
+    assert_eq!(of(Kind::REMOVED, "team-a/warm@3"), 1, "{seen:?}");
+    assert!(seen.iter().all(|event| event.time > 1_700_000_000));
+    assert_eq!(node.here("team-a"), [4]);
+
+    // And what is here no more comes back.
+    let rm = ["image", "rm", "team-a/warm"];
+    assert!(node.rekindle("node", &rm).status().unwrap().success());
+    let mut fetch = agent::FetchRequest::new();
+    (fetch.namespace, fetch.name) = ("team-a".to_owned(), "warm".to_owned());
+    let fetched = client.fetch(within(), &fetch).await.unwrap();
+    assert_eq!(
+        (fetched.image.as_str(), fetched.hit),
+        ("team-a/warm@5", false)
+    );
+    assert!(client.fetch(within(), &fetch).await.unwrap().hit);
+    fetch.name = "never-made".to_owned();
+    let (code, said) = refusal(client.fetch(within(), &fetch).await);
+    assert_eq!(code, ttrpc::Code::NOT_FOUND, "{said}");
+    assert!(said.contains("has no image with the tag"), "{said}");
+    for name in ["", "../x", "--config"] {
+        fetch.name = name.to_owned();
+        let (code, said) = refusal(client.fetch(within(), &fetch).await);
+        assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{name:?}: {said}");
+    }
+    // There is no containerd here; that is what it says.
+    let mut checkpoint = agent::CheckpointRequest::new();
+    (checkpoint.container, checkpoint.name) = ("--help".to_owned(), "warm".to_owned());
+    let (code, said) = refusal(client.checkpoint(within(), &checkpoint).await);
+    assert_eq!(code, ttrpc::Code::UNKNOWN, "{said}");
+    assert!(
+        said.contains("is it running, and is this its socket?"),
+        "{said}"
+    );
+    running.kill().unwrap();
+    running.wait().unwrap();
+}
+
+#[test]
+fn its_api_is_for_root_and_its_group() {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    let node = Node::new();
+    let mut running = resting(&node);
+    let socket = fs::metadata(node.socket()).unwrap();
+    assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+    running.kill().unwrap();
+    running.wait().unwrap();
+
+    let config = node.config("node");
+    let text = fs::read_to_string(&config).unwrap();
+    let with = |group: &str| text.replace("[agent]\n", &format!("[agent]\ngroup = {group:?}\n"));
+    fs::write(&config, with("no-such-group")).unwrap();
+    let refused = node.rekindle("node", &["agent"]).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("agent.group") && said.contains("/etc/group"),
+        "{said}"
+    );
+
+    // Only root can give the socket to another group.
+    if socket.uid() != 0 {
+        return;
+    }
+    fs::write(&config, with("65534")).unwrap();
+    let mut running = resting(&node);
+    let found = fs::metadata(node.socket()).unwrap();
+    assert_eq!(
+        (found.permissions().mode() & 0o777, found.gid()),
+        (0o660, 65534)
+    );
+    // The folder of the test is root's own; whom the socket admits has to come to it.
+    for folder in [node.folder.path(), node.socket().parent().unwrap()] {
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let asks = |uid: u32, gid: u32, open: bool| {
+        fs::set_permissions(
+            node.socket(),
+            fs::Permissions::from_mode(if open { 0o666 } else { 0o660 }),
+        )
+        .unwrap();
+        use std::os::unix::process::CommandExt as _;
+        let me = std::env::current_exe().unwrap();
+        // Nobody else may be able to execute where cargo builds.
+        let there = node.folder.path().join("caller");
+        if !there.exists() {
+            fs::copy(me, &there).unwrap();
+            fs::set_permissions(&there, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let asked = Command::new(there)
+            .args(["--exact", "a_caller_of_the_api", "--ignored"])
+            .env(SOCKET, node.socket())
+            .current_dir("/")
+            .uid(uid)
+            .gid(gid)
+            .output()
+            .unwrap();
+        asked.status.success()
+    };
+    assert!(asks(0, 0, false), "root");
+    assert!(asks(65533, 65534, false), "a member of the group");
+    assert!(!asks(65533, 65533, false), "the kernel keeps others out");
+    assert!(
+        !asks(65533, 65533, true),
+        "and so does the agent, if that is changed"
+    );
+    running.kill().unwrap();
+    running.wait().unwrap();
+}
+
+const SOCKET: &str = "REKINDLE_TEST_SOCKET";
+
+#[tokio::test]
+#[ignore = "run by the test of who may call"]
+async fn a_caller_of_the_api() {
+    let address = format!("unix://{}", std::env::var(SOCKET).unwrap());
+    let client = AgentClient::new(ttrpc::r#async::Client::connect(&address).await.unwrap());
+    let context = ttrpc::context::with_timeout(10_000_000_000);
+    client
+        .images(context, &agent::ImagesRequest::new())
+        .await
+        .unwrap();
+}
