@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::net::TcpListener;
 use std::process::Output;
 use std::time::{Duration, Instant};
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 
 const DATASET: &str = "rekindle.dev/dataset";
 const DATASET_MOUNT: &str = "rekindle.dev/dataset-mount";
@@ -47,6 +47,12 @@ anonymous = true
 allow = "s3://orphaned/"
 namespaces = ["*"]
 endpoint = "http://127.0.0.1:9003"
+anonymous = true
+
+[[images.tier]]
+url = "s3://silent/images/"
+namespaces = ["waits"]
+endpoint = "http://127.0.0.1:9001"
 anonymous = true
 
 [deadlines]
@@ -235,9 +241,13 @@ async fn a_wait_for_data_leaves_time_to_start() -> Result<()> {
     pod.remove().await
 }
 
+/// Of the tests that restore, one at a time: the node's CRIU hangs meanwhile.
+static CRIU: Mutex<()> = Mutex::const_new(());
+
 #[tokio::test]
 async fn a_wait_for_an_image_leaves_time_to_start() -> Result<()> {
     let stage = stage().await?;
+    let _turn = CRIU.lock().await;
     let container = |id| {
         let container = stage.node.container(id).image(&stage.busybox);
         container.args(&["/counter"])
@@ -321,6 +331,33 @@ async fn a_pod_without_its_data_is_refused_at_its_sandbox() -> Result<()> {
     // There is none: it is told so.
     let absent = "file:///srv/data/absent/";
     refuses_pod(cri.pod("absent").annotation(DATASET, absent), &[absent]).await
+}
+
+/// An image that is asked of a store which does not answer is waited for as data is.
+#[tokio::test]
+async fn a_wait_for_a_tier_leaves_time_to_start() -> Result<()> {
+    let stage = stage().await?;
+    let _turn = CRIU.lock().await;
+    let cri = stage.node.cri().await?;
+    let pod = |name: &str| {
+        let pod = cri.pod(name).namespace("waits");
+        pod.annotation("rekindle.dev/restore-from", "never-made")
+    };
+    let words = [
+        "image never-made: its tier has not answered after 2 s",
+        "the next attempt joins it",
+    ];
+    refuses_pod(pod("tier-required"), &words).await?;
+    let pod = pod("tier-cold").annotation("rekindle.dev/restore-policy", "Opportunistic");
+    let pod = pod.run().await?;
+    let since = Instant::now();
+    let task = pod.container("main").args(&["/counter"]);
+    let task = task.run().await?;
+    task.counts_to(2).await?;
+    let took = since.elapsed();
+    ensure!(took < SOON, "it waited {took:?}");
+    ensure!(task.said("stdout")?.contains(" 1\n"), "it was restored");
+    pod.remove().await
 }
 
 /// Nothing that the node's configuration does not allow, whether it is there or not.

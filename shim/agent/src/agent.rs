@@ -17,7 +17,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use rekindle_checkpoint::{
     ImageError, ImageStore, SealedImage,
     image::Evicted,
@@ -369,7 +369,7 @@ impl Agent {
             && held.usable
         {
             let Some(layout) = layout? else {
-                return Ok(None);
+                bail!("its tier is not asked again: it has failed in this round");
             };
             let generation = Some(held.generation);
             let sealed = match self.store.resolve(&held.namespace, &held.name, generation) {

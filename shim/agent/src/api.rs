@@ -154,6 +154,11 @@ fn bind(socket: &Path, group: Option<u32>) -> io::Result<UnixListener> {
     fs::set_permissions(socket, fs::Permissions::from_mode(mode))?;
     if group.is_some() {
         std::os::unix::fs::chown(socket, None, group)?;
+        // The way to it, whatever the umask is; what lies beside it has permissions of its own.
+        if let Some(folder) = socket.parent() {
+            let mode = fs::metadata(folder)?.permissions().mode();
+            fs::set_permissions(folder, fs::Permissions::from_mode(mode | 0o011))?;
+        }
     }
     Ok(listener)
 }

@@ -4,6 +4,7 @@
 //! at a time. A container, a pod and an image are called as their test is.
 
 mod ahead;
+mod api;
 mod command;
 mod damaged;
 mod heap;
@@ -161,6 +162,9 @@ images! {
         }
     }
     alone {
+        api {
+            a_checkpoint_is_made_by_a_call
+        }
         sealed {
             another_key_or_none_is_refused
         }

@@ -90,6 +90,19 @@ impl Layout {
         Ok(true)
     }
 
+    /// The tags of a bucket, in their order; of a folder none, whose `index.json` has them.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn bucket_tags(&self) -> Result<Vec<String>, LayoutError> {
+        let Place::Bucket(remote) = &self.place else {
+            return Ok(Vec::new());
+        };
+        let keys = remote.wait(remote.bucket.list(TAGS, MAX_TAGS))?;
+        let tags = keys.iter().filter_map(|key| key.strip_prefix(TAGS));
+        Ok(tags.map(str::to_owned).collect())
+    }
+
     /// The tag of the newest image `namespace/name`, if there is one.
     ///
     /// # Errors

@@ -33,6 +33,7 @@ const EXAMPLES: &str = "\
 Examples:
   rekindle image ls
   rekindle image ls -n team-a --json
+  rekindle image ls s3://images/          # what is in a bucket
   rekindle image show team-a/warm
   rekindle image diff team-a/warm@1 team-a/warm@2
   rekindle image push team-a/warm oci:/mnt/images
@@ -106,8 +107,11 @@ pub(crate) struct ImageArgs {
 
 #[derive(Debug, Subcommand)]
 enum ImageCommand {
-    /// List this node's images.
+    /// List this node's images, or those of a bucket.
     Ls {
+        /// The bucket, which [[images.tier]] names: s3://BUCKET/PREFIX/.
+        #[arg(value_name = "PLACE")]
+        place: Option<oci::Place>,
         /// Those of this namespace only.
         #[arg(short, long, value_name = "NS")]
         namespace: Option<Namespace>,
@@ -173,7 +177,16 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
     let store = ImageStore::open(&config.images.root)?;
     // Reads whole images, and blocks; nothing else runs in this process.
     tokio::task::block_in_place(|| match args.command {
-        ImageCommand::Ls { namespace, json } => ls(&store, namespace.as_ref(), json),
+        ImageCommand::Ls {
+            place: Some(place),
+            namespace,
+            json,
+        } => oci::ls(config, &place, namespace.as_ref(), json),
+        ImageCommand::Ls {
+            place: None,
+            namespace,
+            json,
+        } => ls(&store, namespace.as_ref(), json),
         ImageCommand::Show { which, json } => show::run(&store, config, &which, json),
         ImageCommand::Push(args) => oci::push(&store, config, &args),
         ImageCommand::Pull(args) => oci::pull(&store, config, &args),

@@ -230,6 +230,8 @@ fn a_bucket_is_for_those_whom_the_configuration_names() {
         &["pull", "s3://images/a/:team-a/warm", "team-b/warm"],
         &["pull", "-n", "team-b", "s3://images/a/"],
         &["pull", "s3://other/"],
+        &["ls", "s3://other/"],
+        &["ls", "-n", "team-b", "s3://images/a/"],
     ] {
         node.fails(args, 3, &refused);
     }

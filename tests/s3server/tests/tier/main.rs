@@ -7,9 +7,12 @@
 
 use std::fs;
 
-use rekindle_checkpoint::layout::{Layout, LayoutError, Proof};
+use rekindle_checkpoint::{
+    Key,
+    layout::{Layout, LayoutError, Proof},
+};
 
-use nodes::{MIB, Nodes, chain, names};
+use nodes::{MIB, Nodes, bytes, chain, names};
 use proxy::{Lie, Op, Proxy, Request};
 
 mod nodes;
@@ -69,6 +72,39 @@ fn what_generations_share_is_stored_once() {
         .unwrap()
         .linked;
     assert!(linked > 2 * MIB as u64, "{linked} bytes were linked");
+}
+
+#[test]
+fn an_encrypted_image_is_nothing_to_the_store_and_another_key_is_told_before_its_packs() {
+    let key = |digit: &str| Key::parse("k", digit.repeat(64).as_bytes()).unwrap();
+    let nodes = Nodes::new();
+    let image = nodes.make_with(&key("1"), 1, 4 * MIB);
+    nodes.push(&nodes.layout(nodes.address), &image).unwrap();
+    let plain = bytes(1, 4 * MIB);
+    for blob in nodes.keys("blobs/") {
+        let stored = fs::read(nodes.there().join(&blob)).unwrap();
+        let there = stored
+            .windows(32)
+            .any(|piece| piece == &plain[MIB..MIB + 32]);
+        assert!(!there, "{blob} has the container's bytes in clear");
+    }
+    let proxy = Proxy::start(nodes.address, |_| Lie::None);
+    let bucket = nodes.layout(proxy.address);
+    let refused = nodes.pull_with(&bucket, "team-a/warm", Some(&key("2")));
+    let refused = chain(&refused.unwrap_err());
+    assert!(refused.contains("another one"), "{refused}");
+    // The tag, what it names, the manifest, its seal.
+    assert_eq!(proxy.count(Op::Get), 5, "no more was fetched for that");
+    nodes.assert_nothing_pulled("another key");
+    let pulled = nodes.pull_with(&bucket, "team-a/warm", Some(&key("1")));
+    assert_eq!(pulled.unwrap().proof, Proof::Whole);
+    // One in clear is none of a namespace that has a key, whoever put it there.
+    let image = nodes.make(2, MIB);
+    nodes.push(&bucket, &image).unwrap();
+    let tag = bucket.tag_for(&image);
+    let refused = nodes.pull_with(&bucket, &tag, Some(&key("1")));
+    let refused = chain(&refused.unwrap_err());
+    assert!(refused.contains("is not encrypted"), "{refused}");
 }
 
 /// What a store does to whoever takes an image out of it.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    Facts, ImageStore, SealedImage,
+    Facts, ImageStore, Key, SealedImage,
     chunks::Compression,
     layout::{Layout, LayoutError, Pulled, Pushed},
     manifest::UPPER_FILE,
@@ -108,7 +108,13 @@ impl Nodes {
 
     /// Makes the next generation of `team-a/warm` on the first node, with so many bytes that are in no other.
     pub(crate) fn make(&self, seed: u32, length: usize) -> SealedImage {
-        make(&self.from, self.folder.path(), seed, length)
+        make(&self.from, self.folder.path(), None, (seed, length))
+    }
+
+    /// The same, encrypted.
+    pub(crate) fn make_with(&self, key: &Key, seed: u32, length: usize) -> SealedImage {
+        let key = Some(key.clone());
+        make(&self.from, self.folder.path(), key, (seed, length))
     }
 
     pub(crate) fn push(&self, layout: &Layout, image: &SealedImage) -> Result<Pushed, LayoutError> {
@@ -117,11 +123,21 @@ impl Nodes {
 
     /// Takes an image to the second node.
     pub(crate) fn pull(&self, layout: &Layout, tag: &str) -> Result<Pulled, LayoutError> {
+        self.pull_with(layout, tag, None)
+    }
+
+    /// The same, by a node that has this key.
+    pub(crate) fn pull_with(
+        &self,
+        layout: &Layout,
+        tag: &str,
+        key: Option<&Key>,
+    ) -> Result<Pulled, LayoutError> {
         let (namespace, name) = names();
         let found = layout.find(Some(tag))?;
         let into = self.folder.path().join("into");
         let counts = (&AtomicU64::new(0), &AtomicU64::new(0));
-        let pulled = found.pull(&self.to, (&namespace, &name), None, &into, counts);
+        let pulled = found.pull(&self.to, (&namespace, &name), key, &into, counts);
         let _ = fs::remove_dir_all(into);
         pulled
     }
@@ -154,12 +170,17 @@ impl Nodes {
     }
 }
 
-fn make(store: &ImageStore, folder: &Path, seed: u32, length: usize) -> SealedImage {
+fn make(
+    store: &ImageStore,
+    folder: &Path,
+    key: Option<Key>,
+    (seed, length): (u32, usize),
+) -> SealedImage {
     let (namespace, name) = names();
     let request = store.begin(&namespace, &name, Default::default()).unwrap();
     let order = store.partial_at(&request.dir()).unwrap().unwrap();
     let partial = order
-        .begin(None, Compression::None, &folder.join("private"))
+        .begin(key, Compression::None, &folder.join("private"))
         .unwrap();
     let words = |words: [u32; 2]| words.map(u32::to_le_bytes).concat();
     let criu = partial.criu_dir();
@@ -172,7 +193,7 @@ fn make(store: &ImageStore, folder: &Path, seed: u32, length: usize) -> SealedIm
 }
 
 /// No two chunks of which are alike; others for another seed.
-fn bytes(seed: u32, length: usize) -> Vec<u8> {
+pub(crate) fn bytes(seed: u32, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
     let next = || {
         state ^= state << 13;

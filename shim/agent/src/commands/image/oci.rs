@@ -144,6 +144,52 @@ pub(super) struct PullArgs {
     json: bool,
 }
 
+/// What a bucket has, for the namespaces that it is a tier of.
+pub(super) fn ls(
+    config: &NodeConfig,
+    place: &Place,
+    namespace: Option<&Namespace>,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    let At::Bucket(uri) = &place.at else {
+        let reason = "only a bucket is listed: index.json of a layout in a folder has its tags";
+        return Err(Failure::Refused(reason.to_owned()).into());
+    };
+    let layout = tier::at(config, uri, namespace)?;
+    let mut rows = Vec::new();
+    for tag in layout.bucket_tags()? {
+        // Ours are NAMESPACE/NAME@CREATED-DIGEST; what somebody has called otherwise is what it is called.
+        let (image, rest) = tag.split_once('@').unwrap_or((&tag, ""));
+        let owner = image
+            .split_once('/')
+            .and_then(|(owner, _)| owner.parse().ok());
+        let shown = match (&owner, namespace) {
+            (Some(owner), Some(wanted)) => owner == wanted,
+            (Some(owner), None) => config.tier_at(uri, owner).is_some(),
+            (None, wanted) => wanted.is_none(),
+        };
+        let created = rest.split_once('-').and_then(|(when, _)| when.parse().ok());
+        if shown {
+            rows.push((tag, owner, created));
+        }
+    }
+    if json {
+        let rows = rows.iter().map(|(tag, owner, created): &(_, _, Option<u64>)| {
+            json!({"tag": tag, "namespace": owner, "created": created})
+        });
+        output::json(&rows.collect::<Vec<_>>())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if rows.is_empty() {
+        output::line(format!("no images in {uri}"));
+    }
+    for (tag, _, created) in rows {
+        let age = created.map_or_else(String::new, |created| format!("  {}", super::age(created)));
+        output::line(format!("{tag}{age}"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 pub(super) fn push(
     store: &ImageStore,
     config: &NodeConfig,
