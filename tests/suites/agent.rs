@@ -405,7 +405,7 @@ async fn its_api_tells_what_there_is_and_what_it_does() {
     let all = images("").await;
     let told = |image: &agent::Image| {
         let name = format!("{}/{}@{}", image.namespace, image.name, image.generation);
-        (name, image.replicated, image.readable, image.in_use)
+        (name, image.replicated, image.usable, image.in_use)
     };
     let told: Vec<_> = all.iter().map(told).collect();
     let a = ("team-a/warm@3".to_owned(), true, true, false);

@@ -212,8 +212,7 @@ impl Agent {
         let Some(layout) = layout? else {
             return Ok(Replica::Failed);
         };
-        // One whose manifest is refused is nobody's to start from, and none to keep.
-        if !held.usable {
+        if !is_wanted(held) {
             return Ok(Replica::NotWanted);
         }
         let sealed = self
@@ -366,7 +365,7 @@ impl Agent {
     /// Removes an image, unless its tier has it no more.
     fn remove(&self, held: &Held, tiers: &mut Tiers<'_>) -> anyhow::Result<Option<Evicted>> {
         if let Some(layout) = tiers.of(&held.namespace)
-            && held.usable
+            && is_wanted(held)
         {
             let Some(layout) = layout? else {
                 bail!("its tier is not asked again: it has failed in this round");
@@ -414,6 +413,12 @@ impl Tiers<'_> {
 /// `NAMESPACE/NAME@GENERATION`.
 pub(crate) fn reference(held: &Held) -> String {
     format!("{}/{}@{}", held.namespace, held.name, held.generation)
+}
+
+/// Whether an image belongs into its tier. One that is refused, or in quarantine, is nobody's to start from; and what
+/// containers make for others of their kind they look for on the node, and make again.
+fn is_wanted(held: &Held) -> bool {
+    held.usable && !held.remade
 }
 
 /// The rule of the configuration by which an image went.

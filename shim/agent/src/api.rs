@@ -268,7 +268,7 @@ impl agent_ttrpc::Agent for Service {
             replicated: self
                 .told
                 .replicated(|all| all.contains(&crate::agent::reference(held))),
-            readable: held.usable,
+            usable: held.usable,
             ..Image::default()
         });
         Ok(ImagesResponse {

@@ -38,12 +38,12 @@ pub struct Plan {
     pub datasets: Vec<DatasetRequest>,
     /// The image it starts from, if any.
     pub restore: Option<RestorePlan>,
+    /// For a sandbox: the image that a container of the pod will start from, to be fetched where it is not on the node.
+    pub ahead: Option<RestorePlan>,
     /// Whether it starts from an image of its own kind in its own namespace, or makes one.
     pub warm: Option<WarmRequest>,
     /// What it is told after a restore.
     pub after_restore: Option<AfterRestore>,
-    /// For a sandbox: the image that a container of the pod will start from, to be fetched where it is not on the node.
-    pub ahead: Option<RestorePlan>,
     /// The images that are made of it while it runs, in its own namespace.
     pub checkpoint: Option<CheckpointRequest>,
 }
@@ -139,9 +139,9 @@ impl Plan {
             identity,
             datasets,
             restore,
+            ahead,
             warm,
             after_restore,
-            ahead,
             checkpoint,
         })
     }

@@ -275,8 +275,8 @@ pub struct Image {
     pub in_use: bool,
     // @@protoc_insertion_point(field:rekindle.agent.v1.Image.replicated)
     pub replicated: bool,
-    // @@protoc_insertion_point(field:rekindle.agent.v1.Image.readable)
-    pub readable: bool,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.Image.usable)
+    pub usable: bool,
     // special fields
     // @@protoc_insertion_point(special_field:rekindle.agent.v1.Image.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -332,9 +332,9 @@ impl Image {
             |m: &mut Image| { &mut m.replicated },
         ));
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
-            "readable",
-            |m: &Image| { &m.readable },
-            |m: &mut Image| { &mut m.readable },
+            "usable",
+            |m: &Image| { &m.usable },
+            |m: &mut Image| { &mut m.usable },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Image>(
             "Image",
@@ -376,7 +376,7 @@ impl ::protobuf::Message for Image {
                     self.replicated = is.read_bool()?;
                 },
                 64 => {
-                    self.readable = is.read_bool()?;
+                    self.usable = is.read_bool()?;
                 },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
@@ -411,7 +411,7 @@ impl ::protobuf::Message for Image {
         if self.replicated != false {
             my_size += 1 + 1;
         }
-        if self.readable != false {
+        if self.usable != false {
             my_size += 1 + 1;
         }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
@@ -441,8 +441,8 @@ impl ::protobuf::Message for Image {
         if self.replicated != false {
             os.write_bool(7, self.replicated)?;
         }
-        if self.readable != false {
-            os.write_bool(8, self.readable)?;
+        if self.usable != false {
+            os.write_bool(8, self.usable)?;
         }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
@@ -468,7 +468,7 @@ impl ::protobuf::Message for Image {
         self.last_used = 0;
         self.in_use = false;
         self.replicated = false;
-        self.readable = false;
+        self.usable = false;
         self.special_fields.clear();
     }
 
@@ -481,7 +481,7 @@ impl ::protobuf::Message for Image {
             last_used: 0,
             in_use: false,
             replicated: false,
-            readable: false,
+            usable: false,
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -1763,25 +1763,25 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \n\x0bagent.proto\x12\x11rekindle.agent.v1\"-\n\rImagesRequest\x12\x1c\n\
     \tnamespace\x18\x01\x20\x01(\tR\tnamespace\"B\n\x0eImagesResponse\x120\n\
     \x06images\x18\x01\x20\x03(\x0b2\x18.rekindle.agent.v1.ImageR\x06images\
-    \"\xdf\x01\n\x05Image\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespac\
+    \"\xdb\x01\n\x05Image\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespac\
     e\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x1e\n\ngeneration\
     \x18\x03\x20\x01(\x04R\ngeneration\x12\x14\n\x05bytes\x18\x04\x20\x01(\
     \x04R\x05bytes\x12\x1b\n\tlast_used\x18\x05\x20\x01(\x04R\x08lastUsed\
     \x12\x15\n\x06in_use\x18\x06\x20\x01(\x08R\x05inUse\x12\x1e\n\nreplicate\
-    d\x18\x07\x20\x01(\x08R\nreplicated\x12\x1a\n\x08readable\x18\x08\x20\
-    \x01(\x08R\x08readable\"\x0e\n\x0cWatchRequest\"\xbf\x02\n\x05Event\x121\
-    \n\x04kind\x18\x01\x20\x01(\x0e2\x1d.rekindle.agent.v1.Event.KindR\x04ki\
-    nd\x12\x12\n\x04time\x18\x02\x20\x01(\x04R\x04time\x12\x12\n\x04step\x18\
-    \x03\x20\x01(\tR\x04step\x12\x14\n\x05image\x18\x04\x20\x01(\tR\x05image\
-    \x12\x12\n\x04done\x18\x05\x20\x01(\x04R\x04done\x12\x14\n\x05total\x18\
-    \x06\x20\x01(\x04R\x05total\x12\x18\n\x07message\x18\x07\x20\x01(\tR\x07\
-    message\"\x80\x01\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\0\x12\x08\n\x04STEP\
-    \x10\x01\x12\x0c\n\x08APPEARED\x10\x02\x12\x0f\n\x0bDISAPPEARED\x10\x03\
-    \x12\x0f\n\x0bREPLICATING\x10\x04\x12\x0e\n\nREPLICATED\x10\x05\x12\x0b\
-    \n\x07REMOVED\x10\x06\x12\n\n\x06FAILED\x10\x07\x12\x08\n\x04LOST\x10\
-    \x08\"t\n\x11CheckpointRequest\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\
-    \tcontainer\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x12\n\x04e\
-    xit\x18\x03\x20\x01(\x08R\x04exit\x12\x19\n\x08keep_tcp\x18\x04\x20\x01(\
+    d\x18\x07\x20\x01(\x08R\nreplicated\x12\x16\n\x06usable\x18\x08\x20\x01(\
+    \x08R\x06usable\"\x0e\n\x0cWatchRequest\"\xbf\x02\n\x05Event\x121\n\x04k\
+    ind\x18\x01\x20\x01(\x0e2\x1d.rekindle.agent.v1.Event.KindR\x04kind\x12\
+    \x12\n\x04time\x18\x02\x20\x01(\x04R\x04time\x12\x12\n\x04step\x18\x03\
+    \x20\x01(\tR\x04step\x12\x14\n\x05image\x18\x04\x20\x01(\tR\x05image\x12\
+    \x12\n\x04done\x18\x05\x20\x01(\x04R\x04done\x12\x14\n\x05total\x18\x06\
+    \x20\x01(\x04R\x05total\x12\x18\n\x07message\x18\x07\x20\x01(\tR\x07mess\
+    age\"\x80\x01\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\0\x12\x08\n\x04STEP\x10\
+    \x01\x12\x0c\n\x08APPEARED\x10\x02\x12\x0f\n\x0bDISAPPEARED\x10\x03\x12\
+    \x0f\n\x0bREPLICATING\x10\x04\x12\x0e\n\nREPLICATED\x10\x05\x12\x0b\n\
+    \x07REMOVED\x10\x06\x12\n\n\x06FAILED\x10\x07\x12\x08\n\x04LOST\x10\x08\
+    \"t\n\x11CheckpointRequest\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcon\
+    tainer\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x12\n\x04exit\
+    \x18\x03\x20\x01(\x08R\x04exit\x12\x19\n\x08keep_tcp\x18\x04\x20\x01(\
     \x08R\x07keepTcp\">\n\x12CheckpointResponse\x12\x14\n\x05image\x18\x01\
     \x20\x01(\tR\x05image\x12\x12\n\x04json\x18\x02\x20\x01(\tR\x04json\"@\n\
     \x0cFetchRequest\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespace\x12\

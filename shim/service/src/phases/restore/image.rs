@@ -124,7 +124,8 @@ async fn verified(
                 Ok(false) => return Err(unfit(unknown).into()),
                 Err(error) => {
                     let reason = format!("{}; {}", sentence(&unknown), sentence(&error));
-                    return Err(cannot(reason).into());
+                    let id = fixed.id.clone();
+                    return Err(PhaseError::CannotRestoreHere { id, reason }.into());
                 }
             }
         }
