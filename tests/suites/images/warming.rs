@@ -3,7 +3,7 @@
 use crate::stage::{POLICY, RESTORE_FROM, Stage, continues, counts_to, one_sentence, shell};
 use anyhow::{Context, Result, ensure};
 use rekindle_harness::container::Builder;
-use rekindle_harness::{Count, poll};
+use rekindle_harness::{Container, Count, poll};
 use serde_json::Value;
 
 const START: &str = "rekindle.dev/warm-start";
@@ -121,28 +121,30 @@ pub(crate) async fn a_damaged_image_goes_into_quarantine(stage: &Stage) -> Resul
     third.remove().await
 }
 
-/// It ends some seconds after its start, restored or not.
+/// It ends with 3 once it is told, which it is soon after each start.
 pub(crate) async fn an_image_whose_containers_end_early_goes_into_quarantine(
     stage: &Stage,
 ) -> Result<()> {
-    let line = "for n in $(seq 40); do echo at $n; touch /ready; sleep 0.1; done; exit 3";
-    let run = async |id: &str| {
+    let line = "n=0; touch /ready; until [ -e /end ]; do n=$((n + 1)); echo at $n; sleep 0.1; done; exit 3";
+    let start = async |id: &str| {
         let task = stage.container(id).shell(line);
-        let task = task
-            .annotation(START, "auto")
-            .annotation(WHEN, "file:///ready");
-        let task = task.run().await?;
-        let status = task.wait().await?.status;
-        let said = task.io().out()?.text().await?;
+        let task = task.annotation(START, "auto");
+        task.annotation(WHEN, "file:///ready").run().await
+    };
+    let end = async |task: Container<'_>| {
+        let heard = |text: &str| text.contains('\n');
+        let said = task.io().out()?.until("its first line", heard).await?;
+        shell(&task, "end", "touch /end").await?;
+        ensure!(task.wait().await?.status == 3, "{said}");
         task.remove().await?;
-        ensure!(status == 3, "{id} ended with {status}: {said}");
         Ok::<_, anyhow::Error>(said.lines().next() == Some("at 1"))
     };
-    ensure!(run("early-1").await?, "the first one starts cold");
+    let first = start("early-1").await?;
     let row = made_by(stage, "early-1").await?;
+    ensure!(end(first).await?, "the first one starts cold");
     // Of the configuration's two failures each is one.
     for id in ["early-2", "early-3"] {
-        ensure!(!run(id).await?, "{id} is restored");
+        ensure!(!end(start(id).await?).await?, "{id} is restored");
     }
     let name = row["name"].as_str().context("no name")?;
     poll::until("the quarantine", async || {
@@ -154,7 +156,7 @@ pub(crate) async fn an_image_whose_containers_end_early_goes_into_quarantine(
         Ok(why.contains("early-3 ended with status 3").then_some(()))
     })
     .await?;
-    ensure!(run("early-4").await?, "it starts cold again");
+    ensure!(end(start("early-4").await?).await?, "it starts cold again");
     Ok(())
 }
 
