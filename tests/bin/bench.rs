@@ -3,6 +3,8 @@
 
 #[path = "bench/figures.rs"]
 mod figures;
+#[path = "bench/filling.rs"]
+mod filling;
 #[path = "bench/format.rs"]
 mod format;
 #[path = "bench/held.rs"]

@@ -2,6 +2,7 @@
 //! and by CRIU's own daemon, in turn; with a small and with a large heap beside the server.
 
 use crate::figures::Series;
+use crate::filling;
 use crate::machine::{self, Machine};
 use anyhow::{Context, Result, ensure};
 use rekindle_harness::container::Builder;
@@ -109,6 +110,8 @@ pub(crate) struct Measured {
     pub(crate) machine: Machine,
     pub(crate) small: Beside,
     pub(crate) large: Beside,
+    /// GB/s of the kernel's own calls, with one thread and with two.
+    pub(crate) filling: [Series; 2],
 }
 
 impl Measured {
@@ -158,8 +161,12 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
         let rounds = Vec::new();
         all.push((first, Beside { mib, rounds }));
     }
+    let mut filling = [Vec::new(), Vec::new()];
     for pair in 0..pairs {
         progress.step(&format!("pair {} of {pairs}", pair + 1));
+        for (threads, rates) in filling.iter_mut().enumerate() {
+            rates.push(filling::rate(threads + 1)?);
+        }
         for (first, beside) in &mut all {
             let mut starts = [None; WAYS.len()];
             for turn in 0..WAYS.len() {
@@ -179,6 +186,7 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
         machine,
         small,
         large,
+        filling: filling.map(|rates| rates.into_iter().collect()),
     })
 }
 

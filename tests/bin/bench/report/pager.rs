@@ -85,6 +85,11 @@ pub(super) fn tables(out: &mut StdoutLock<'_>, measured: &Measured) -> Result<()
         verdict(out, "all in, of CRIU's daemon's", &all_in, OF_CRIU_ALL_IN)?;
         verdict(out, "the pager's peak, MiB", &beside.of(pager_mib), PAGER)?;
     }
+    writeln!(
+        out,
+        "\nthe kernel's own UFFDIO_COPY, nothing read or compared\n"
+    )?;
+    rows(out, &ceilings(measured))?;
     writeln!(out)?;
     let ratio = measured.large_of_small();
     let what = format!(
@@ -92,6 +97,14 @@ pub(super) fn tables(out: &mut StdoutLock<'_>, measured: &Measured) -> Result<()
         measured.large.mib, measured.small.mib
     );
     verdict(out, &what, &ratio, LARGE_OF_SMALL)
+}
+
+fn ceilings(measured: &Measured) -> Vec<(&'static str, Series, usize)> {
+    let [one, two] = &measured.filling;
+    vec![
+        ("one thread, GB/s", one.clone(), 2),
+        ("two threads, GB/s", two.clone(), 2),
+    ]
 }
 
 fn verdict(out: &mut StdoutLock<'_>, what: &str, found: &Series, target: f64) -> Result<()> {
@@ -116,5 +129,6 @@ pub(super) fn json(measured: &Measured) -> Value {
     json!({
         "machine": measured.machine.json(), "small": of(&measured.small), "large": of(&measured.large),
         "large_of_small": series(&measured.large_of_small()),
+        "filling": measured.filling.iter().map(series).collect::<Vec<_>>(),
     })
 }
