@@ -29,12 +29,14 @@ use serde::{Deserialize, Serialize};
 mod cipher;
 mod codec;
 mod compare;
+mod incoming;
 mod index;
 mod reader;
 mod writer;
 
 pub use cipher::{Cipher, Key, KeyError};
 pub use compare::{Common, Composition};
+pub use incoming::{Remote, RemoteError};
 pub use index::{Index, MAX_INDEX};
 pub use reader::{Chunks, StreamReader};
 pub use writer::{Base, ChunkWriter, Room, Stored, StreamWriter};
@@ -182,6 +184,21 @@ pub enum ChunkError {
         /// Where the chunk begins in it.
         offset: u64,
     },
+    /// What is not on the node yet does not come.
+    #[error("what is not on this node of the image does not come")]
+    Away(#[source] RemoteError),
+    /// A store gives other bytes than what was sealed, however often it is asked.
+    #[error(
+        "{store} gives something else for {pack}: what lies at byte {offset} is not what was sealed"
+    )]
+    Lied {
+        /// Which store.
+        store: String,
+        /// The pack.
+        pack: String,
+        /// Where the chunk begins in it.
+        offset: u64,
+    },
     /// The index is none of ours.
     #[error("the index of chunks is malformed: {0}")]
     Index(&'static str),
@@ -213,6 +230,9 @@ impl From<ChunkError> for io::Error {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) use incoming::tests::{Answer, from_a_store};
 
 #[cfg(test)]
 pub(crate) mod tests;

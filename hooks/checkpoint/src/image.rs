@@ -5,6 +5,7 @@
 //!    .partial/<request>/                    being made; request.json, criu/, pack-…
 //!    .partial/<request>.lock                shared by who asked and who makes; free means: left over
 //!    <namespace>/<name>/<generation>/       sealed: manifest.json, manifest.blake3, and what they list
+//!      …/origin.json                        where the rest of it is, while its packs are still coming in
 //!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it; changed when a
 //!                                           container started from it
 //!    <namespace>/<name>/.<generation>.touches  what a restore of it asked for first: a hint, and no part of it
@@ -31,6 +32,7 @@ use crate::{
 
 mod arriving;
 mod folder;
+mod incoming;
 mod inventory;
 mod laid_out;
 mod partial;
@@ -38,7 +40,9 @@ mod store;
 mod touched;
 mod verify;
 
+pub(crate) use arriving::Arriving;
 pub use folder::Scratch;
+pub use incoming::{Origin, Source};
 pub use inventory::{Evicted, Leftovers};
 pub use partial::{Order, Partial, Request};
 pub(crate) use store::open_regular;
@@ -106,6 +110,18 @@ pub enum ImageError {
         image: String,
         /// Why.
         source: ChunkError,
+    },
+    /// It is needed whole, and some of it has not come yet.
+    #[error(
+        "image {image} is not all on this node yet: the rest is in {tier}, and `rekindle image fetch {name}` brings it"
+    )]
+    Incoming {
+        /// Which image.
+        image: String,
+        /// Without its generation.
+        name: String,
+        /// Where the rest is.
+        tier: String,
     },
     /// It is encrypted, and no key was given, or another one.
     #[error(

@@ -33,6 +33,8 @@ use crate::{
     manifest::{self, INDEX_FILE, MANIFEST_DIGEST_FILE, ManifestError},
 };
 
+#[cfg(feature = "s3")]
+mod begin;
 mod blobs;
 #[cfg(feature = "s3")]
 mod bucket;

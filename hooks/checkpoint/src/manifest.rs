@@ -23,6 +23,8 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 pub const MANIFEST_DIGEST_FILE: &str = "manifest.blake3";
 /// Where the chunks are: see [`Index`](crate::chunks::Index).
 pub const INDEX_FILE: &str = "chunks.index";
+/// Beside it while packs are coming in: where the rest of them is. No part of the image.
+pub const ORIGIN_FILE: &str = "origin.json";
 /// The folder of CRIU's images inside an image's folder.
 pub const CRIU_DIR: &str = "criu";
 /// The stream of the container's writable layer.
@@ -432,7 +434,7 @@ pub(crate) fn is_image_path(path: &str) -> bool {
         && name
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
-        && ![MANIFEST_FILE, MANIFEST_DIGEST_FILE, CRIU_DIR].contains(&path)
+        && ![MANIFEST_FILE, MANIFEST_DIGEST_FILE, ORIGIN_FILE, CRIU_DIR].contains(&path)
 }
 
 /// Enough of a hostile text for a message, with nothing in it that a terminal would obey.

@@ -35,7 +35,9 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Completion(args) => Ok(completion::run(args)),
         Command::ContainerImage(args) => container_image::run(args).await,
         Command::Await(args) => await_warm::run(&args),
-        Command::Pager(args) => pager::run(&args, config),
+        Command::Pager(args) => {
+            tokio::task::block_in_place(|| pager::run(&args, cli.config.as_deref(), config))
+        }
         Command::Userfaultfd(args) => userfaultfd::run(&args),
     }
 }

@@ -1,7 +1,7 @@
 //! Object stores that have copies of images, as `[[images.tier]]` names them.
 
 use anyhow::Context as _;
-use rekindle_checkpoint::layout::Layout;
+use rekindle_checkpoint::{SealedImage, image::Source, layout::Layout};
 use rekindle_core::{
     config::{NodeConfig, Tier},
     name::Namespace,
@@ -39,6 +39,19 @@ pub(crate) fn of(
         return Ok(None);
     };
     open(config, tier, &tier.url.parse()?, tuning).map(Some)
+}
+
+/// What fetches the rest of an image that is not all on the node; none where it is. Blocks.
+pub(crate) fn rest_of(config: &NodeConfig, image: &SealedImage) -> anyhow::Result<Option<Source>> {
+    let Some(origin) = image.origin()? else {
+        return Ok(None);
+    };
+    let manifest = image.manifest();
+    let layout = at(config, &origin.tier.parse()?, Some(&manifest.namespace))?;
+    Ok(Some(Source {
+        remote: layout.packs(manifest, &origin)?,
+        requests: layout.requests(),
+    }))
 }
 
 /// Refuses a bucket that is no tier of a namespace.

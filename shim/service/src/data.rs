@@ -7,7 +7,7 @@
 
 use std::{
     collections::HashMap,
-    fmt, io,
+    io,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -17,90 +17,22 @@ use std::{
 use rekindle_checkpoint::{ImageError, ImageStore};
 use rekindle_core::{
     annotations::{DatasetRequest, Policy},
-    config::{Deadlines, NodeConfig},
+    config::{Deadlines, NodeConfig, Paging},
     identity::Role,
-    name::{ImageName, Namespace},
+    name::Namespace,
     paths,
     plan::{Plan, RestorePlan},
-    uri::DatasetUri,
 };
 use rekindle_dataset::{Cache, Lock};
-use serde::Deserialize;
-use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    net::unix::pipe,
-    sync::watch,
-};
+use tokio::{net::unix::pipe, sync::watch};
 
 use crate::{error::Error, error::sentence, exits::Exits, threads::blocking};
 
-/// Why a container has no data.
-#[derive(Debug, Clone, thiserror::Error)]
-pub(crate) enum DataError {
-    #[error("{wanted}: {reason}")]
-    Failed { wanted: Wanted, reason: String },
-    #[error("{wanted}: {done} after {} s; the download goes on and the next attempt joins it", waited.as_secs())]
-    NotYet {
-        wanted: Wanted,
-        done: String,
-        waited: Duration,
-    },
-    #[error("{wanted}: starting {program}: {reason}; install rekindle beside the shim", program = program.display())]
-    Start {
-        wanted: Wanted,
-        program: PathBuf,
-        reason: String,
-    },
-}
+use download::{Download, Progress, Ready, follow, wait};
 
-/// What is fetched.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) enum Wanted {
-    Dataset(DatasetUri),
-    Image(ImageName),
-}
+mod download;
 
-impl Wanted {
-    /// The program that fetches it for a namespace.
-    fn args(&self, namespace: &Namespace) -> Vec<String> {
-        let (command, what): (&[&str], _) = match self {
-            Self::Dataset(uri) => (&["prefetch"], uri.to_string()),
-            Self::Image(name) => (&["image", "fetch"], name.to_string()),
-        };
-        let more = ["--json", "--namespace", namespace.as_str()];
-        let words = command.iter().chain(&more).map(|word| (*word).to_owned());
-        words.chain([what]).collect()
-    }
-
-    /// That its program ended and said nothing.
-    fn without_a_word(&self, status: impl fmt::Display) -> String {
-        match self {
-            Self::Dataset(_) => {
-                format!("rekindle prefetch ended with status {status} and no reason")
-            }
-            Self::Image(_) => {
-                format!("rekindle image fetch ended with status {status} and no reason")
-            }
-        }
-    }
-
-    /// What is known before the first byte.
-    fn nothing_yet(&self) -> &'static str {
-        match self {
-            Self::Dataset(_) => "the source has not answered the listing",
-            Self::Image(_) => "its tier has not answered",
-        }
-    }
-}
-
-impl fmt::Display for Wanted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Dataset(uri) => write!(f, "dataset {uri}"),
-            Self::Image(name) => write!(f, "image {name}"),
-        }
-    }
-}
+pub(crate) use download::{DataError, Wanted};
 
 /// A dataset that a container mounts, leased for as long as this lives.
 #[derive(Debug)]
@@ -108,41 +40,6 @@ pub(crate) struct DatasetMount {
     pub(crate) source: PathBuf,
     pub(crate) destination: String,
     _lease: Lock,
-}
-
-/// What a download is at.
-#[derive(Debug, Clone, Default)]
-enum Progress {
-    #[default]
-    Listing,
-    Moving {
-        done: u64,
-        total: u64,
-        per_second: f64,
-    },
-    /// Where a dataset is; an image is found by its name.
-    Ready(Option<PathBuf>),
-    Failed(String),
-}
-
-/// One line of `rekindle prefetch --json` and of `rekindle image fetch --json`.
-#[derive(Debug, Deserialize)]
-#[serde(tag = "event", rename_all = "lowercase")]
-enum Line {
-    Progress {
-        done: u64,
-        total: u64,
-        #[serde(default)]
-        bytes_per_second: f64,
-    },
-    Ready {
-        path: Option<PathBuf>,
-    },
-    Failed {
-        reason: String,
-    },
-    #[serde(other)]
-    Other,
 }
 
 /// By who asked for what: a namespace's permission is no other's.
@@ -236,7 +133,14 @@ impl Data {
             return None;
         }
         match self.download(Wanted::Image(ahead.name.clone()), &ahead.namespace) {
-            Ok(download) => Some((ahead, download)),
+            Ok(download) => Some((
+                ahead,
+                Download {
+                    // Where it turns out that this host cannot do that, the container waits for the rest.
+                    lazily: node.restore.paging != Paging::Eager,
+                    ..download
+                },
+            )),
             Err(error) => {
                 tracing::warn!(%error, "the image is not fetched ahead");
                 None
@@ -263,18 +167,20 @@ impl Data {
         }
     }
 
-    /// Fetches an image that is not on the node, where its namespace has a tier; false where it has none. `until` is when
-    /// whoever waits has to know.
+    /// Fetches an image that is not on the node, or not all of it, where its namespace has a tier; false where it has none.
+    /// `lazily` is whether the rest may come while its container runs. `until` is when whoever waits has to know.
     pub(crate) async fn image(
         &self,
         plan: &RestorePlan,
         node: &NodeConfig,
+        lazily: bool,
         until: Instant,
     ) -> Result<bool, Error> {
         if !in_a_tier(plan, node) {
             return Ok(false);
         }
         let download = self.download(Wanted::Image(plan.name.clone()), &plan.namespace)?;
+        let download = Download { lazily, ..download };
         let began = Instant::now();
         let limit = until.saturating_duration_since(began);
         wait(download, Role::Container, node.deadlines, (began, limit)).await?;
@@ -318,7 +224,11 @@ impl Data {
             && !matches!(*download.borrow(), Progress::Failed(_))
         {
             let progress = download.clone();
-            return Ok(Download { wanted, progress });
+            return Ok(Download {
+                wanted,
+                progress,
+                lazily: false,
+            });
         }
         let program = program();
         let start = |e: io::Error| DataError::Start {
@@ -362,6 +272,7 @@ impl Data {
         Ok(Download {
             wanted,
             progress: receiver,
+            lazily: false,
         })
     }
 }
@@ -383,22 +294,6 @@ fn limit(role: Role, policy: Policy, deadlines: Deadlines) -> Duration {
         // Nobody else waits for a standalone container, so it may wait as long as a sandbox.
         (Role::Sandbox | Role::Standalone, _) => deadlines.sandbox_data,
     }
-}
-
-/// A download that goes on, whoever waits for it.
-#[derive(Debug)]
-struct Download {
-    wanted: Wanted,
-    progress: watch::Receiver<Progress>,
-}
-
-/// How far a download came that was waited for.
-#[derive(Debug)]
-enum Ready {
-    /// It is there; a dataset, with its folder.
-    All(Option<PathBuf>),
-    /// Not yet, and a container of the pod will wait for the rest.
-    Soon,
 }
 
 /// Leases what a download has published, so that it stays until the container is gone; none when it has
@@ -428,86 +323,6 @@ async fn mount(
     }))
 }
 
-async fn follow(lines: pipe::Receiver, progress: &watch::Sender<Progress>) {
-    let mut lines = BufReader::new(lines).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        match serde_json::from_str(&line) {
-            Ok(Line::Progress {
-                done,
-                total,
-                bytes_per_second,
-            }) => {
-                progress.send_replace(Progress::Moving {
-                    done,
-                    total,
-                    per_second: bytes_per_second,
-                });
-            }
-            Ok(Line::Ready { path }) => {
-                progress.send_replace(Progress::Ready(path));
-            }
-            Ok(Line::Failed { reason }) => {
-                progress.send_replace(Progress::Failed(reason));
-            }
-            Ok(Line::Other) => {}
-            Err(error) => {
-                tracing::warn!(%error, line, "a line of a download is not understood")
-            }
-        }
-    }
-}
-
-/// Waits for one download, for `limit` from `began` on.
-async fn wait(
-    download: Download,
-    role: Role,
-    deadlines: Deadlines,
-    (began, limit): (Instant, Duration),
-) -> Result<Ready, DataError> {
-    let Download {
-        wanted,
-        mut progress,
-    } = download;
-    loop {
-        let now = progress.borrow_and_update().clone();
-        match now {
-            Progress::Ready(path) => return Ok(Ready::All(path)),
-            Progress::Failed(reason) => return Err(DataError::Failed { wanted, reason }),
-            // Half of a container's budget: the rate may fall, and the restore needs its share.
-            Progress::Moving {
-                done,
-                total,
-                per_second,
-            } if role == Role::Sandbox
-                && fits(total - done.min(total), per_second, deadlines.container / 2) =>
-            {
-                return Ok(Ready::Soon);
-            }
-            _ => {}
-        }
-        let left = limit.saturating_sub(began.elapsed());
-        if tokio::time::timeout(left, progress.changed())
-            .await
-            .is_err()
-        {
-            let done = match &*progress.borrow() {
-                Progress::Moving { done, total, .. } => format!("{done} of {total} bytes are here"),
-                _ => wanted.nothing_yet().to_owned(),
-            };
-            return Err(DataError::NotYet {
-                wanted,
-                done,
-                waited: began.elapsed(),
-            });
-        }
-    }
-}
-
-/// Whether `left` bytes arrive within `budget` at the present rate.
-fn fits(left: u64, per_second: f64, budget: Duration) -> bool {
-    per_second > 0.0 && (left as f64) / per_second < budget.as_secs_f64()
-}
-
 /// The CLI: beside the shim's own binary, where an installation puts both, else at its fixed place.
 pub(crate) fn program() -> PathBuf {
     let beside = std::env::current_exe()
@@ -516,43 +331,4 @@ pub(crate) fn program() -> PathBuf {
     beside
         .filter(|path| path.exists())
         .unwrap_or_else(|| Path::new(paths::CLI_BINARY).to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_sandbox_lets_go_when_the_rest_fits_the_containers_budget() {
-        let budget = Duration::from_secs(45);
-        assert!(fits(40_000, 1_000.0, budget));
-        assert!(!fits(50_000, 1_000.0, budget));
-        assert!(!fits(1, 0.0, budget));
-    }
-
-    #[test]
-    fn the_lines_of_a_download_are_understood() {
-        let parse = |line: &str| serde_json::from_str::<Line>(line).unwrap();
-        assert!(matches!(parse(r#"{"event":"listing"}"#), Line::Other));
-        assert!(matches!(
-            parse(r#"{"event":"progress","done":1,"total":2,"files_done":0,"files_total":1}"#),
-            Line::Progress {
-                done: 1,
-                total: 2,
-                ..
-            }
-        ));
-        assert!(matches!(
-            parse(r#"{"event":"ready","path":"/x","hit":true}"#),
-            Line::Ready { path: Some(_) }
-        ));
-        assert!(matches!(
-            parse(r#"{"event":"ready","image":"team-a/warm@1","hit":false}"#),
-            Line::Ready { path: None }
-        ));
-        assert!(matches!(
-            parse(r#"{"event":"failed","reason":"403","retryable":false}"#),
-            Line::Failed { .. }
-        ));
-    }
 }

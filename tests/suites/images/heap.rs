@@ -44,7 +44,7 @@ pub(crate) fn sound(task: &Container<'_>) -> Result<()> {
 }
 
 /// Waits until a restored heap has looked at all of its memory, twice.
-async fn is_sound(task: &Container<'_>, from: &Count) -> Result<Count> {
+pub(crate) async fn is_sound(task: &Container<'_>, from: &Count) -> Result<Count> {
     let now = counts_to(task.io().out()?, from.n + 3).await?;
     sound(task)?;
     assert_eq!(now.nonce, from.nonce);

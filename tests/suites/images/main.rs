@@ -9,6 +9,7 @@ mod command;
 mod damaged;
 mod heap;
 mod imaging;
+mod incoming;
 mod interrupted;
 mod like;
 mod pods;
@@ -186,6 +187,12 @@ images! {
             a_pager_that_dies_during_the_restore_fails_the_start
             a_container_that_ends_while_loading_leaves_nothing
             a_shim_that_is_killed_while_loading_leaves_nothing
+        }
+        incoming {
+            it_runs_before_its_memory_is_on_the_node
+            who_fetches_it_is_killed
+            its_pager_is_killed
+            other_bytes_in_the_bucket_end_it
         }
         ahead {
             the_next_restore_brings_in_first_what_this_one_was_asked_for

@@ -49,7 +49,10 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
     let make = async || -> Result<Stage> {
         let busybox = images::busybox()?;
         let mut config = NodeConfig::new(Runtime::Rekindle)?;
-        let tiers = tier(BUCKET, "afar") + NOWHERE;
+        let mut tiers = tier(BUCKET, "afar") + NOWHERE;
+        if matches!(nodes, Nodes::Alone) {
+            tiers += &tier(BUCKET, "default");
+        }
         config.rekindle_toml = Some(format!(
             "[restore]\npaging = \"{word}\"\n\n[images]\ncompression = \"{compression}\"\n\n[images.retention]\nquota = \"100TiB\"\n\n[warm-start]\nearly = \"20s\"\nfailures = 2\nmin-free = 0\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n\n[[images.key]]\nid = \"sealed-1\"\nnamespaces = [\"sealed\"]\ncommand = [\"/bin/echo\", \"{KEY}\"]\n\n{tiers}"
         ));

@@ -34,6 +34,13 @@ pub(super) struct Chunk {
     pub(super) encoding: Encoding,
 }
 
+impl Chunk {
+    /// Its bytes in the pack.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.offset..self.offset + u64::from(self.stored)
+    }
+}
+
 /// The chunks of an image, and its streams.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Index {
@@ -144,7 +151,7 @@ impl Index {
             rows.push(kept);
             kept += u32::from(*used);
             if !used && chunk.pack == own {
-                unused.push(chunk.offset..chunk.offset + u64::from(chunk.stored));
+                unused.push(chunk.range());
             }
         }
         if kept as usize == used.len() {

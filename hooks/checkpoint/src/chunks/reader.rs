@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, Read},
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
@@ -13,17 +14,23 @@ use std::{
 };
 
 use super::{
-    CHUNK, ChunkError, Cipher, Index, Key, Part, Stream,
+    CHUNK, ChunkError, Cipher, Index, Key, Part, Remote, Stream,
     cipher::Addresses,
     codec::{Encoding, decode},
+    incoming::Incoming,
     index::Chunk,
 };
 use crate::{image::open_regular, manifest::PackEntry, parallel::in_parallel};
+
+/// How often a chunk is fetched again that is not what was sealed: a byte may flip on the way, and not each time.
+const AGAIN: usize = 2;
 
 /// The chunks of one image.
 #[derive(Debug)]
 pub struct Chunks {
     packs: Vec<Pack>,
+    /// Where they are not all here.
+    incoming: Option<Arc<Incoming>>,
     addresses: Addresses,
     pub(super) rows: Vec<Chunk>,
     pub(super) streams: BTreeMap<String, Parts>,
@@ -72,9 +79,76 @@ impl Chunks {
         Ok(Self {
             streams: streams.collect(),
             packs: packs.iter().map(open).collect::<Result<_, _>>()?,
+            incoming: None,
             addresses: Addresses::of(key),
             rows: chunks,
         })
+    }
+
+    /// Has what is not here of them come from `remote`, when it is read, and with so many requests at once when it is
+    /// [streamed](Chunks::stream_in). Whoever reads waits.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn from_remote(
+        mut self,
+        sizes: &[PackEntry],
+        remote: Box<dyn Remote>,
+        requests: usize,
+    ) -> Result<Self, ChunkError> {
+        let sizes = sizes.iter().map(|entry| entry.size);
+        let packs = self.packs.iter().map(|pack| pack.path.as_path()).zip(sizes);
+        self.incoming = Some(Incoming::open(packs, remote, requests)?);
+        Ok(self)
+    }
+
+    /// Begins to fetch the streams that `wanted` says, by their names, in their order. For one process of the node:
+    /// others find what it has brought.
+    pub fn stream_in(&self, wanted: impl Fn(&str) -> bool) {
+        let Some(incoming) = &self.incoming else {
+            return;
+        };
+        let streams = self.streams.iter().filter(|(name, _)| wanted(name));
+        let parts = streams.flat_map(|(_, stream)| &stream.parts);
+        let rows = parts.filter_map(|part| match part {
+            Part::Chunk(row) => Some(&self.rows[*row as usize]),
+            Part::Zeros(_) => None,
+        });
+        incoming.stream(rows.map(|row| (usize::from(row.pack), row.range())));
+    }
+
+    /// Whether a part of a stream can be read without waiting. What is not here is fetched before everything else; ask
+    /// again soon.
+    ///
+    /// # Errors
+    /// [`ChunkError::Away`] when it cannot be had.
+    pub fn ready(&self, name: &str, from: u64, bytes: u64) -> Result<bool, ChunkError> {
+        let (Some(incoming), Some(stream)) = (&self.incoming, self.streams.get(name)) else {
+            return Ok(true);
+        };
+        let mut ready = true;
+        for (part, _) in stream.between(from, from.saturating_add(bytes)) {
+            if let Part::Chunk(row) = part {
+                let row = &self.rows[row as usize];
+                // All of them are asked for, and not the first only.
+                ready &= incoming.ready(usize::from(row.pack), &row.range())?;
+            }
+        }
+        Ok(ready)
+    }
+
+    /// Ends the wait of everybody who reads what is not here: nobody needs it any more.
+    pub fn give_up(&self) {
+        if let Some(incoming) = &self.incoming {
+            incoming.stop();
+        }
+    }
+
+    /// Puts what has come on the disk.
+    pub(crate) fn sync(&self) -> Result<(), ChunkError> {
+        self.incoming
+            .as_ref()
+            .map_or(Ok(()), |incoming| incoming.sync())
     }
 
     /// The names of the streams with their bytes, sorted.
@@ -94,19 +168,11 @@ impl Chunks {
         let Some(stream) = self.streams.get(name) else {
             return 0;
         };
-        let first = stream.ends.partition_point(|end| *end <= from);
-        let mut begin = first.checked_sub(1).map_or(0, |before| stream.ends[before]);
-        let mut data = 0;
-        for (part, end) in stream.parts.iter().zip(&stream.ends).skip(first) {
-            if begin >= to {
-                break;
-            }
-            if matches!(part, Part::Chunk(_)) {
-                data += to.min(*end) - from.max(begin);
-            }
-            begin = *end;
-        }
-        data
+        let parts = stream.between(from, to);
+        let chunks = parts.filter(|(part, _)| matches!(part, Part::Chunk(_)));
+        chunks
+            .map(|(_, range)| to.min(range.end) - from.max(range.start))
+            .sum()
     }
 
     /// One of them, to be read; none where there is no such stream.
@@ -181,6 +247,26 @@ impl Chunks {
 
     /// Reads a whole chunk; `into` has its size.
     fn read(&self, row: u32, into: &mut [u8]) -> Result<(), ChunkError> {
+        let Some(incoming) = &self.incoming else {
+            return self.read_here(row, into);
+        };
+        let chunk = &self.rows[row as usize];
+        let (pack, range) = (usize::from(chunk.pack), chunk.range());
+        incoming.wait(pack, &range)?;
+        for _ in 0..AGAIN {
+            match self.read_here(row, into) {
+                Err(ChunkError::Damaged { .. }) => incoming.again(pack, &range)?,
+                read => return read,
+            }
+        }
+        match self.read_here(row, into) {
+            Err(ChunkError::Damaged { offset, .. }) => Err(incoming.lied(pack, offset)),
+            read => read,
+        }
+    }
+
+    /// Reads a whole chunk that is on this node.
+    fn read_here(&self, row: u32, into: &mut [u8]) -> Result<(), ChunkError> {
         let chunk = &self.rows[row as usize];
         let pack = &self.packs[usize::from(chunk.pack)];
         let damaged = || ChunkError::Damaged {
@@ -217,6 +303,23 @@ impl Parts {
     fn bytes(&self) -> u64 {
         self.ends.last().copied().unwrap_or(0)
     }
+
+    /// The parts that begin before `to` and end behind `from`, each with where it lies in the stream.
+    fn between(&self, from: u64, to: u64) -> impl Iterator<Item = (Part, Range<u64>)> {
+        let first = self.ends.partition_point(|end| *end <= from);
+        let begin = first.checked_sub(1).map_or(0, |before| self.ends[before]);
+        let parts = self.parts[first..].iter().zip(&self.ends[first..]);
+        let placed = parts.scan(begin, |begin, (part, end)| {
+            Some((*part, std::mem::replace(begin, *end)..*end))
+        });
+        placed.take_while(move |(_, range)| range.start < to)
+    }
+}
+
+impl Drop for Chunks {
+    fn drop(&mut self) {
+        self.give_up();
+    }
 }
 
 /// A stream, read from its beginning to its end.
@@ -234,6 +337,22 @@ impl StreamReader {
     /// Bytes of all of it.
     pub fn bytes(&self) -> u64 {
         self.chunks.streams[&self.name].bytes()
+    }
+
+    /// Reads all of it for nothing but that it is here, and what was sealed.
+    ///
+    /// # Errors
+    /// As [`Chunks::read_at`].
+    pub fn read_through(self) -> Result<(), ChunkError> {
+        let stream = &self.chunks.streams[&self.name];
+        let mut buffer = [0; CHUNK];
+        for part in &stream.parts {
+            if let Part::Chunk(row) = *part {
+                let plain = self.chunks.rows[row as usize].plain;
+                self.chunks.read(row, &mut buffer[..plain as usize])?;
+            }
+        }
+        Ok(())
     }
 }
 

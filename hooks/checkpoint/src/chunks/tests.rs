@@ -25,6 +25,11 @@ impl Written {
         Arc::new(Chunks::open(dir, &self.packs, self.index(key), key).unwrap())
     }
 
+    /// Of an image that is not encrypted.
+    pub(crate) fn open_owned(&self, dir: &Path) -> Chunks {
+        Chunks::open(dir, &self.packs, self.index(None), None).unwrap()
+    }
+
     fn base(&self, dir: &Path, key: Option<&Key>) -> Base {
         Base {
             dir: dir.to_owned(),
@@ -55,9 +60,14 @@ fn write(
     }
 }
 
+/// These streams as an image's chunks, for the tests of other modules.
+pub(crate) fn chunks_of(dir: &Path, streams: &[(&str, &[u8])]) -> Written {
+    write(dir, streams, None, Compression::None, None)
+}
+
 /// The chunks of these streams, for the tests of other modules.
 pub(crate) fn chunks(dir: &Path, streams: &[(&str, &[u8])]) -> Arc<Chunks> {
-    write(dir, streams, None, Compression::None, None).open(dir, None)
+    chunks_of(dir, streams).open(dir, None)
 }
 
 fn key(text: &str) -> Key {
@@ -65,7 +75,7 @@ fn key(text: &str) -> Key {
 }
 
 /// Bytes of which no two chunks are alike, and which do not become smaller.
-fn noise(seed: u64, bytes: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, bytes: usize) -> Vec<u8> {
     let mut out = vec![0; bytes];
     blake3::Hasher::new()
         .update(&seed.to_le_bytes())

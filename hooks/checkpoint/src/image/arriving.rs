@@ -21,10 +21,10 @@ use crate::{
 /// An image that arrives. Dropped, its folder is removed; killed, it is swept.
 #[derive(Debug)]
 pub(crate) struct Arriving {
-    store: ImageStore,
-    folder: Folder,
-    namespace: Namespace,
-    name: ImageName,
+    pub(super) store: ImageStore,
+    pub(super) folder: Folder,
+    pub(super) namespace: Namespace,
+    pub(super) name: ImageName,
 }
 
 /// What is needed to verify all of an image: its key, where CRIU's files are laid out, and what counts the chunks.
@@ -139,7 +139,11 @@ impl Arriving {
     }
 
     /// As if it were published already.
-    fn sealed(&self, manifest: Manifest, bytes: Vec<u8>) -> Result<SealedImage, ImageError> {
+    pub(super) fn sealed(
+        &self,
+        manifest: Manifest,
+        bytes: Vec<u8>,
+    ) -> Result<SealedImage, ImageError> {
         let lock = lock_path(&self.store.partial_dir(), &self.folder.id);
         let unknown = || ImageError::Unknown(reference(&self.namespace, &self.name, None));
         let highest = self.store.generations(&self.namespace, &self.name)?;

@@ -64,6 +64,11 @@ impl SealedImage {
         &self.manifest
     }
 
+    /// The store that it is in.
+    pub fn store(&self) -> &ImageStore {
+        &self.store
+    }
+
     /// Its generation, from 1.
     pub fn generation(&self) -> u64 {
         self.generation
@@ -319,6 +324,7 @@ impl ImageStore {
         key: Option<&Key>,
     ) -> Option<Base> {
         let image = self.resolve(namespace, name, None).ok()?;
+        image.require_whole().ok()?;
         image.check_manifest(key).ok()?;
         let index = image.index().ok()?;
         Some(Base {

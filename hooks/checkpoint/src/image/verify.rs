@@ -31,7 +31,7 @@ use crate::{
     criu_image::{Task, check_folder, credentials},
     manifest::{
         CRIU_DIR, Encryption, FileEntry, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Manifest,
-        SHM_FILE, UPPER_FILE,
+        ORIGIN_FILE, SHM_FILE, UPPER_FILE,
     },
 };
 
@@ -160,6 +160,16 @@ impl SealedImage {
     /// [`ImageError::Damaged`] names the first file that is not what it was; [`ImageError::Criu`].
     pub fn verify(self, into: &Path, key: Option<&Key>) -> Result<VerifiedImage, ImageError> {
         let chunks = Arc::new(self.chunks(key)?);
+        self.verify_with(into, key, chunks)
+    }
+
+    /// With chunks that are its own.
+    pub(super) fn verify_with(
+        self,
+        into: &Path,
+        key: Option<&Key>,
+        chunks: Arc<Chunks>,
+    ) -> Result<VerifiedImage, ImageError> {
         let mut laid_out = self.criu_files(into, key, &chunks)?;
         let reference = self.reference();
         let plan = laid_out.plan(&reference, &chunks, |run| !run.lazy())?;
@@ -240,8 +250,14 @@ impl SealedImage {
     /// Its chunks, which prove themselves, after a look at all that they depend on.
     ///
     /// # Errors
-    /// As [`SealedImage::verify`].
+    /// As [`SealedImage::verify`]; [`ImageError::Incoming`] when they are not all here.
     pub fn chunks(&self, key: Option<&Key>) -> Result<Chunks, ImageError> {
+        self.require_whole()?;
+        self.chunks_here(key)
+    }
+
+    /// Those of its chunks that are here, which the others fail to be when they are read.
+    pub(super) fn chunks_here(&self, key: Option<&Key>) -> Result<Chunks, ImageError> {
         self.check_manifest(key)?;
         self.check_sizes()?;
         let packs = &self.manifest.packs;
@@ -252,6 +268,7 @@ impl SealedImage {
     /// What can be compared without a key: that exactly the files are there that the manifest lists, of their sizes,
     /// and the index; and where it is not encrypted, the manifest.
     pub(crate) fn check_listed(&self) -> Result<(), ImageError> {
+        self.require_whole()?;
         if self.manifest.encryption.is_none() {
             self.check_manifest(None)?;
         }
@@ -365,7 +382,7 @@ impl SealedImage {
     fn check_sizes(&self) -> Result<(), ImageError> {
         let mut there = BTreeMap::new();
         self.walk(&self.dir, "", &mut there)?;
-        for name in [MANIFEST_FILE, MANIFEST_DIGEST_FILE] {
+        for name in [MANIFEST_FILE, MANIFEST_DIGEST_FILE, ORIGIN_FILE] {
             there.remove(name);
         }
         let files = self

@@ -13,6 +13,7 @@
 
 use std::{
     io::{self, Read},
+    ops::Range,
     path::PathBuf,
     sync::{
         Arc,
@@ -34,7 +35,11 @@ use super::{
     BlobDigest, Descriptor, INDEX, INDEX_JSON, LAYOUT_FILE, Layout, LayoutError, MAX_INDEX_JSON,
     Place,
 };
-use crate::{image::SealedImage, manifest::shorten};
+use crate::{
+    chunks::{self, RemoteError},
+    image::SealedImage,
+    manifest::shorten,
+};
 
 const TAGS: &str = "tags/";
 /// Most bytes of a tag: ours has 400.
@@ -143,6 +148,11 @@ impl Remote {
 
     pub(super) fn small(&self, key: &str, max: u64) -> Result<Option<Small>, S3Error> {
         self.wait(self.bucket.small(key, max))
+    }
+
+    /// How many requests for parts of an object may be on their way at once.
+    pub(super) fn requests(&self) -> usize {
+        self.bucket.concurrency()
     }
 
     /// Begins to fetch an object.
@@ -282,6 +292,43 @@ impl Remote {
         let Some(tag) = tag else { return Ok(None) };
         let of = self.tag(layout, &tag)?;
         Ok(of.map(|of| (tag, of)))
+    }
+}
+
+/// The packs of an image.
+#[derive(Debug)]
+pub(super) struct Packs {
+    bucket: Arc<Bucket>,
+    runtime: Handle,
+    /// The key and the size of each.
+    blobs: Vec<(String, u64)>,
+}
+
+impl Packs {
+    pub(super) fn new(remote: &Remote, blobs: Vec<(String, u64)>) -> Self {
+        Self {
+            bucket: Arc::clone(&remote.bucket),
+            runtime: remote.runtime.clone(),
+            blobs,
+        }
+    }
+}
+
+impl chunks::Remote for Packs {
+    fn name(&self) -> String {
+        self.bucket.uri("")
+    }
+
+    fn read(
+        &self,
+        pack: usize,
+        range: Range<u64>,
+        take: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), RemoteError> {
+        let (key, size) = &self.blobs[pack];
+        let bytes = self.runtime.block_on(self.bucket.part(key, range, *size));
+        take(&bytes.map_err(|error| Arc::new(error) as RemoteError)?);
+        Ok(())
     }
 }
 

@@ -14,7 +14,7 @@ use rekindle_store::space;
 use super::{BLOBS, Descriptor, Layout, LayoutError, blobs::Blob, media_type};
 use crate::{
     chunks::Key,
-    image::{ImageStore, SealedImage, open_regular},
+    image::{Arriving, ImageStore, SealedImage, open_regular},
     manifest::{self, CRIU_DIR, MANIFEST_DIGEST_FILE, Manifest, shorten},
 };
 
@@ -45,11 +45,11 @@ pub struct Pulled {
 /// An image in a layout, whose manifest was read and whose files are listed, each once.
 #[derive(Debug)]
 pub struct Found<'a> {
-    layout: &'a Layout,
-    manifest: Manifest,
-    manifest_bytes: Vec<u8>,
+    pub(super) layout: &'a Layout,
+    pub(super) manifest: Manifest,
+    pub(super) manifest_bytes: Vec<u8>,
     /// The blobs of its files, by their names.
-    files: BTreeMap<String, Descriptor>,
+    pub(super) files: BTreeMap<String, Descriptor>,
 }
 
 impl Layout {
@@ -196,6 +196,39 @@ impl Found<'_> {
         self.manifest.total_bytes()
     }
 
+    /// Has all of its files come but the packs, whose blobs it gives.
+    pub(super) fn head(
+        &mut self,
+        arriving: &Arriving,
+        key: Option<&Key>,
+        done: &AtomicU64,
+    ) -> Result<BTreeMap<String, Descriptor>, LayoutError> {
+        if self.files.keys().any(|file| file.contains('/')) {
+            let criu = arriving.dir().join(CRIU_DIR);
+            fs::create_dir(&criu).map_err(LayoutError::io("make", &criu))?;
+        }
+        // Whatever a key tells of an image is told before anything else of it comes.
+        if let Some(seal) = self.files.remove(MANIFEST_DIGEST_FILE) {
+            let bytes = self
+                .layout
+                .small_blob(MANIFEST_DIGEST_FILE, &seal, SEAL_BYTES)?;
+            arriving.put_seal(&bytes)?;
+        }
+        if self.manifest.encryption.is_none() || key.is_some() {
+            arriving.check_manifest(&self.manifest, &self.manifest_bytes, key)?;
+        }
+        let (packs, small) = std::mem::take(&mut self.files)
+            .into_iter()
+            .partition(|(file, _)| media_type(file) == super::PACK);
+        let small: BTreeMap<_, _> = small;
+        for (file, of) in &small {
+            let to = arriving.dir().join(file);
+            let mut out = File::create_new(&to).map_err(LayoutError::io("make", &to))?;
+            self.layout.blob(file, of)?.copy(&mut out, &to, done)?;
+        }
+        Ok(packs)
+    }
+
     /// Takes it into the store as the next generation of `namespace/name`, verified. `key` is that of the namespace
     /// which it is encrypted with, or should be; `into` is where CRIU's files are laid out for the verification, as
     /// with [`SealedImage::verify`]. `done` grows to [`Found::bytes`], and `checked` to as much again of the packs.
@@ -213,27 +246,13 @@ impl Found<'_> {
         store.sweep()?;
         let arriving = store.arriving(namespace, name)?;
         space::require(arriving.dir(), self.bytes())?;
-        if self.files.keys().any(|file| file.contains('/')) {
-            let criu = arriving.dir().join(CRIU_DIR);
-            fs::create_dir(&criu).map_err(LayoutError::io("make", &criu))?;
-        }
-        // Whatever a key tells of an image is told before its packs come.
-        if let Some(seal) = self.files.remove(MANIFEST_DIGEST_FILE) {
-            let bytes = self
-                .layout
-                .small_blob(MANIFEST_DIGEST_FILE, &seal, SEAL_BYTES)?;
-            arriving.put_seal(&bytes)?;
-        }
-        if self.manifest.encryption.is_none() || key.is_some() {
-            arriving.check_manifest(&self.manifest, &self.manifest_bytes, key)?;
-        }
+        let packs = self.head(&arriving, key, done)?;
         let mut linked = 0;
-        for (file, of) in &self.files {
+        for (file, of) in &packs {
             let to = arriving.dir().join(file);
             let blob = self.layout.blob(file, of)?;
             let size = blob.size;
-            let is_pack = media_type(file) == super::PACK;
-            if is_pack && link_from(store, (namespace, name), file, &blob, &to, done)? {
+            if link_from(store, (namespace, name), file, &blob, &to, done)? {
                 linked += size;
                 continue;
             }

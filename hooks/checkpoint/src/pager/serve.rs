@@ -168,6 +168,10 @@ pub fn serve(
             Ok(())
         });
         session.stop.store(true, Ordering::Relaxed);
+        if served.is_err() {
+            // A loader may wait for what does not come.
+            chunks.give_up();
+        }
         served
     });
     served?;

@@ -188,8 +188,16 @@ impl Bucket {
         stream::iter(parts).buffered(concurrency)
     }
 
-    /// Some bytes of an object; what was received of them is not asked for again.
-    async fn part(
+    /// How many requests for parts of an object are on their way at once.
+    pub fn concurrency(&self) -> usize {
+        self.limits.concurrency
+    }
+
+    /// Some bytes of an object of `size` bytes; what was received of them is not asked for again.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn part(
         &self,
         key: &str,
         range: std::ops::Range<u64>,

@@ -3,7 +3,7 @@
 use std::{
     io,
     os::{fd::AsFd as _, unix::net::UnixStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
 };
@@ -13,7 +13,11 @@ use clap::Args;
 use rekindle_checkpoint::{ImageStore, pager};
 use rekindle_core::{config::NodeConfig, name::ImageRef};
 
-use crate::{keys, output};
+use crate::{keys, output, tier};
+
+use rest::Rest;
+
+mod rest;
 
 /// Its standard input is the connection to the shim, over which the processes come.
 #[derive(Debug, Args)]
@@ -28,8 +32,10 @@ pub(crate) struct PagerArgs {
     image: ImageRef,
 }
 
+/// `file` is the configuration's, where it is not the usual one. Blocks.
 pub(crate) fn run(
     args: &PagerArgs,
+    file: Option<&Path>,
     config: impl FnOnce() -> anyhow::Result<NodeConfig>,
 ) -> anyhow::Result<ExitCode> {
     let stdin = io::stdin();
@@ -44,12 +50,23 @@ pub(crate) fn run(
         &args.image.name,
         args.image.generation,
     )?;
-    // Only who has an encrypted image has to know of keys.
-    let key = match image.key() {
-        Some(_) => keys::of(&config()?, &image)?,
-        None => None,
+    // Only who has an image that is encrypted, or not all here, has to know of keys and tiers.
+    let whole = image.origin()?.is_none();
+    let (key, rest) = match whole && image.key().is_none() {
+        true => (None, None),
+        false => {
+            let config = config()?;
+            (keys::of(&config, &image)?, tier::rest_of(&config, &image)?)
+        }
     };
-    let chunks = Arc::new(image.chunks(key.as_ref())?);
+    let (chunks, rest) = match rest {
+        None => (Arc::new(image.chunks(key.as_ref())?), None),
+        Some(source) => {
+            let chunks = Arc::new(image.chunks_from(key.as_ref(), source)?);
+            let rest = Rest::begin(&image, &chunks)?;
+            (chunks, Some(rest))
+        }
+    };
     let noted = image.touches().unwrap_or_else(|error| {
         tracing::debug!(%error, "nothing is brought in ahead");
         Vec::new()
@@ -60,6 +77,9 @@ pub(crate) fn run(
                 && let Err(error) = image.note_touches(&served.touches)
             {
                 tracing::debug!(%error, "the next restore will know nothing of this one");
+            }
+            if let Some(rest) = rest {
+                rest.leave(file);
             }
             // Its stderr is its log, and this line goes into the shim's.
             output::note(&format!(

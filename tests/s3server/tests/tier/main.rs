@@ -15,6 +15,7 @@ use rekindle_checkpoint::{
 use nodes::{MIB, Nodes, bytes, chain, names};
 use proxy::{Lie, Op, Proxy, Request};
 
+mod begun;
 mod nodes;
 mod proxy;
 

@@ -11,10 +11,11 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    Facts, ImageStore, Key, SealedImage,
+    Facts, ImageError, ImageStore, Key, SealedImage,
     chunks::Compression,
+    image::Source,
     layout::{Layout, LayoutError, Pulled, Pushed},
-    manifest::UPPER_FILE,
+    manifest::{CRIU_DIR, UPPER_FILE},
 };
 use rekindle_core::{
     config::S3Access,
@@ -117,6 +118,45 @@ impl Nodes {
         make(&self.from, self.folder.path(), key, (seed, length))
     }
 
+    /// As much again in the pages of a process, which a restore leaves to its pager.
+    pub(crate) fn make_pages(&self, key: Option<&Key>, seed: u32, length: usize) -> SealedImage {
+        let streams = [
+            (format!("{CRIU_DIR}/pages-1.img"), bytes(seed, length)),
+            (UPPER_FILE.to_owned(), bytes(seed + 1, MIB)),
+        ];
+        make_of(&self.from, self.folder.path(), key.cloned(), &streams)
+    }
+
+    /// Begins to take the newest image to the second node.
+    pub(crate) fn begin(
+        &self,
+        layout: &Layout,
+        key: Option<&Key>,
+    ) -> Result<SealedImage, LayoutError> {
+        let (namespace, name) = names();
+        let found = layout.find_image(&namespace, &name)?;
+        let into = self.folder.path().join("into");
+        let (at, done) = ((key, into.as_path()), AtomicU64::new(0));
+        let begun = found.begin(&self.to, (&namespace, &name), at, "s3://images/all/", &done);
+        let _ = fs::remove_dir_all(into);
+        begun
+    }
+
+    /// Has the rest of it come.
+    pub(crate) fn complete(
+        &self,
+        layout: &Layout,
+        key: Option<&Key>,
+        image: &SealedImage,
+    ) -> Result<(), ImageError> {
+        let origin = image.origin()?.unwrap();
+        let source = Source {
+            remote: layout.packs(image.manifest(), &origin).unwrap(),
+            requests: layout.requests(),
+        };
+        image.complete(key, source, &AtomicU64::new(0))
+    }
+
     pub(crate) fn push(&self, layout: &Layout, image: &SealedImage) -> Result<Pushed, LayoutError> {
         layout.push(image, &layout.tag_for(image), &AtomicU64::new(0))
     }
@@ -176,6 +216,16 @@ fn make(
     key: Option<Key>,
     (seed, length): (u32, usize),
 ) -> SealedImage {
+    let streams = [(UPPER_FILE.to_owned(), bytes(seed, length))];
+    make_of(store, folder, key, &streams)
+}
+
+fn make_of(
+    store: &ImageStore,
+    folder: &Path,
+    key: Option<Key>,
+    streams: &[(String, Vec<u8>)],
+) -> SealedImage {
     let (namespace, name) = names();
     let request = store.begin(&namespace, &name, Default::default()).unwrap();
     let order = store.partial_at(&request.dir()).unwrap().unwrap();
@@ -186,9 +236,11 @@ fn make(
     let criu = partial.criu_dir();
     fs::write(criu.join("inventory.img"), words([0x5831_3116, 0])).unwrap();
     fs::write(criu.join("pstree.img"), words([0x5456_4319, 0x5027_3030])).unwrap();
-    let mut stream = partial.chunks().stream(UPPER_FILE);
-    stream.write_all(&bytes(seed, length)).unwrap();
-    stream.finish().unwrap();
+    for (name, bytes) in streams {
+        let mut stream = partial.chunks().stream(name);
+        stream.write_all(bytes).unwrap();
+        stream.finish().unwrap();
+    }
     partial.seal(Facts::default()).unwrap()
 }
 

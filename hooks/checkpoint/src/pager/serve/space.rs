@@ -201,6 +201,10 @@ impl Space {
                 Some(Refusal::Failed(errno)) => Err(self.refused(vaddr, errno)),
             };
         };
+        if !self.pages.ready(piece)? {
+            lock(&self.missing).insert(piece);
+            return Ok(false);
+        }
         ahead.asked(Touch::at(self.pid, vaddr));
         *lock(&self.cursor) = piece.end();
         let bytes = &mut buffer[..piece.bytes as usize];
@@ -317,6 +321,11 @@ impl Space {
 }
 
 impl Pages {
+    /// Whether a piece can be read without waiting for a store; what cannot is on its way.
+    fn ready(&self, piece: Piece) -> Result<bool, ServeError> {
+        Ok(self.chunks.ready(&self.name, piece.at, piece.bytes)?)
+    }
+
     fn read(&self, at: u64, into: &mut [u8]) -> Result<(), ServeError> {
         self.chunks.read_at(&self.name, at, into)?;
         Ok(())

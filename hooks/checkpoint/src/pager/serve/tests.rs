@@ -27,7 +27,7 @@ use rustix::mm::{self, Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 use super::*;
 use crate::{
-    chunks::tests::chunks,
+    chunks::{Answer, from_a_store, tests::chunks},
     criu_image::{
         PE_LAZY, PE_PRESENT,
         tests::{advised, pagemap},
@@ -312,6 +312,23 @@ impl Serving {
 
     /// One that has what an earlier restore has noted.
     fn after(dir: &Path, noted: Vec<Touch>) -> Self {
+        Self::of(dir, noted, chunks)
+    }
+
+    /// One whose pages come from a store.
+    fn afar(
+        dir: &Path,
+        noted: Vec<Touch>,
+        rule: impl Fn(usize) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        Self::of(dir, noted, |dir, streams| from_a_store(dir, streams, rule))
+    }
+
+    fn of(
+        dir: &Path,
+        noted: Vec<Touch>,
+        chunks: impl FnOnce(&Path, &[(&str, &[u8])]) -> Arc<Chunks>,
+    ) -> Self {
         let (relay, theirs) = UnixStream::pair().unwrap();
         let dir = dir.to_owned();
         let pages = fs::read_dir(&dir).unwrap().filter_map(|entry| {
@@ -370,7 +387,15 @@ fn a_process_finds_what_it_would_have_found() {
             let (pid, page) = (dice.below(3) as i32, dice.below(2 * PAGES));
             Touch::at(pid, process.vaddr(page) as u64)
         });
-        let mut serving = Serving::after(dir.path(), noted.collect());
+        let noted = noted.collect();
+        let mut serving = match seed % 2 {
+            0 => Serving::after(dir.path(), noted),
+            // Now and then a byte flips on the way.
+            _ => Serving::afar(dir.path(), noted, |nth| match nth % 7 {
+                3 => Answer::Flip,
+                _ => Answer::Truth,
+            }),
+        };
         process.give(&mut serving.relay, 1);
         serving.finish();
         for _ in 0..150 {
@@ -395,6 +420,34 @@ fn a_process_finds_what_it_would_have_found() {
         serving.end().unwrap();
         // And what was not looked at before the last descriptor was closed is no zero either.
         assert_eq!(process.wrong(), None, "seed {seed}");
+    }
+}
+
+/// What a store does that a process must not find in its memory.
+#[test]
+fn a_store_that_fails_or_lies_ends_it_and_nobody_reads_anything_else() {
+    let _turn = turn();
+    for (answer, words) in [
+        (Answer::Flip, "gives something else"),
+        (Answer::Other, "gives something else"),
+        (Answer::Short, "does not come"),
+        (Answer::Refuse, "does not come"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut process = Process::new(dir.path(), 1, 4000);
+        let held = process.userfaultfd.as_ref().unwrap().try_clone().unwrap();
+        let mut serving = Serving::afar(dir.path(), Vec::new(), move |_| answer);
+        process.give(&mut serving.relay, 1);
+        serving.finish();
+        let said = serving.end().unwrap_err().to_string();
+        assert!(said.contains(words), "{answer:?}: {said}");
+        // Whoever holds a duplicate keeps the page missing.
+        let first = process.vaddr(0) as u64;
+        let missing = Userfaultfd::new(held).unwrap();
+        assert!(
+            missing.zero(first, PAGE as u64).is_none(),
+            "{answer:?}: it is there"
+        );
     }
 }
 

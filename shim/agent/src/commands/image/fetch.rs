@@ -1,8 +1,12 @@
 //! `rekindle image fetch`: an image is on this node, from its tier where it was not. For the shim, whose restore waits
 //! for it, and for a person who knows what will be wanted.
 //!
-//! With `--json` it writes one object per line, and the last one is `ready` or `failed`. Nobody reading them does not
-//! stop it. One process of the node fetches an image; whoever else wants it waits until that is over.
+//! ```text
+//!  (elsewhere) ──▶ begun: a restore with a pager can use it ──▶ whole
+//! ```
+//! With `--json` it writes one object per line: `begun` where that is so, and as the last one `ready` or `failed`. Nobody
+//! reading them does not stop it. One process of the node fetches an image; whoever else wants it waits until that is
+//! over, and goes on where it was killed.
 
 use std::{
     io::{Write as _, stdout},
@@ -107,45 +111,78 @@ fn fetch(
         Err(ImageError::Unknown(_)) => Ok(None),
         found => found.map(Some),
     };
-    if let Some(image) = here()? {
+    if let Some(image) = here()?
+        && image.origin()?.is_none()
+    {
         return Ok((image, true));
     }
-    let Some(layout) = tier::of(config, namespace, TUNING)? else {
-        let reason = format!(
-            "there is no image {namespace}/{name} on this node, and no [[images.tier]] for namespace {namespace}"
-        );
-        return Err(Failure::NotFound(reason).into());
+    let mut told = false;
+    let mut begun = |image: &SealedImage| {
+        if json && !std::mem::replace(&mut told, true) {
+            line(&json!({"event": "begun", "image": image.reference()}));
+        }
     };
     let _alone = loop {
         if let Some(lock) = store.fetching(namespace, name)? {
             break lock;
+        }
+        if let Some(image) = here()? {
+            begun(&image);
         }
         if json {
             line(&json!({"event": "waiting"}));
         }
         std::thread::park_timeout(TICK);
     };
-    if let Some(image) = here()? {
-        return Ok((image, true));
-    }
+    let image = match here()? {
+        Some(image) if image.origin()?.is_none() => return Ok((image, true)),
+        Some(image) => image,
+        None => begin(store, config, (namespace, name))?,
+    };
+    begun(&image);
+    complete(config, &image, json)?;
+    Ok((image, false))
+}
+
+/// Has as much of it come as a restore with a pager needs to begin.
+fn begin(
+    store: &ImageStore,
+    config: &NodeConfig,
+    (namespace, name): (&Namespace, &ImageName),
+) -> anyhow::Result<SealedImage> {
+    let (Some(tier), Some(layout)) = (
+        config.tier_for(namespace),
+        tier::of(config, namespace, TUNING)?,
+    ) else {
+        let reason = format!(
+            "there is no image {namespace}/{name} on this node, and no [[images.tier]] for namespace {namespace}"
+        );
+        return Err(Failure::NotFound(reason).into());
+    };
     let found = layout.find_image(namespace, name).map_err(not_found)?;
     let encryption = found.manifest().encryption.as_ref();
     let key = config.key_of(encryption.map(|of| of.key.as_str()), namespace);
     let key = key.map(keys::read).transpose()?;
     let room = Room::new(store, key.as_ref())?;
-    let packs: u64 = found.manifest().packs.iter().map(|pack| pack.size).sum();
-    let total = found.bytes() + packs;
-    let (done, checked) = (AtomicU64::new(0), AtomicU64::new(0));
-    let count = || done.load(Ordering::Relaxed) + checked.load(Ordering::Relaxed);
-    let work = || {
-        let counts = (&done, &checked);
-        found.pull(store, (namespace, name), key.as_ref(), &room.path, counts)
+    let at = (key.as_ref(), room.path.as_path());
+    Ok(found.begin(store, (namespace, name), at, &tier.url, &AtomicU64::new(0))?)
+}
+
+/// Has the rest of it come.
+fn complete(config: &NodeConfig, image: &SealedImage, json: bool) -> anyhow::Result<()> {
+    let Some(source) = tier::rest_of(config, image)? else {
+        return Ok(());
     };
-    let pulled = match json {
-        true => with_lines(total, count, work),
-        false => with_bar(&format!("{namespace}/{name}"), total, count, work),
-    };
-    Ok((pulled?.image, false))
+    let key = keys::of(config, image)?;
+    let total = image.manifest().packs.iter().map(|pack| pack.size).sum();
+    let done = AtomicU64::new(0);
+    let count = || done.load(Ordering::Relaxed);
+    let work = || image.complete(key.as_ref(), source, &done);
+    match json {
+        true => with_lines(total, count, work)?,
+        false => with_bar(&image.reference(), total, count, work)?,
+    }
+    Ok(())
 }
 
 /// That the tier has no such image is no failure of the store.

@@ -104,26 +104,26 @@ async fn verified(
             ImageError::Damaged { .. }
             | ImageError::Manifest { .. }
             | ImageError::Chunks { .. } => PhaseError::BadImage { id, reason },
-            ImageError::Unknown(_) => PhaseError::CannotRestoreHere { id, reason },
+            ImageError::Unknown(_) | ImageError::Incoming { .. } => {
+                PhaseError::CannotRestoreHere { id, reason }
+            }
             _ => PhaseError::CannotRestore { id, reason },
         }
     };
-    let sealed = match resolve(fixed, plan).await? {
-        Err(unknown @ ImageError::Unknown(_)) => {
-            // One reason, while there is still time to tell it.
-            let known = until.checked_sub(TELLING).unwrap_or(until);
-            let shared = &fixed.shared;
-            match step(
-                &fixed.id,
-                "fetch",
-                shared.data.image(plan, &shared.node, known),
-            )
-            .await
-            {
+    let here = match resolve(fixed, plan).await? {
+        Ok(image) => match image.require_whole() {
+            Err(incoming) if !lazily(fixed).await? => Err(incoming),
+            _ => Ok(image),
+        },
+        unknown => unknown,
+    };
+    let sealed = match here {
+        Err(missing @ (ImageError::Unknown(_) | ImageError::Incoming { .. })) => {
+            match fetch(fixed, plan, until).await {
                 Ok(true) => resolve(fixed, plan).await?.map_err(unfit)?,
-                Ok(false) => return Err(unfit(unknown).into()),
+                Ok(false) => return Err(unfit(missing).into()),
                 Err(error) => {
-                    let reason = format!("{}; {}", sentence(&unknown), sentence(&error));
+                    let reason = format!("{}; {}", sentence(&missing), sentence(&error));
                     let id = fixed.id.clone();
                     return Err(PhaseError::CannotRestoreHere { id, reason }.into());
                 }
@@ -141,11 +141,22 @@ async fn verified(
         if let Err(e) = sealed.mark_used() {
             tracing::warn!("the image counts as not used: {}", sentence(&e));
         }
-        let image = sealed.verify(&into, key.as_ref())?;
+        let image = sealed.verify_begun(&into, key.as_ref())?;
         let tasks = image.tasks()?;
         Ok::<_, ImageError>((image, tasks))
     });
     Ok(verified.await?.map_err(unfit)?)
+}
+
+/// Has it come from its tier; all of it where there is no pager, and else what a restore needs to begin. False where it
+/// has none.
+async fn fetch(fixed: &Fixed, plan: &RestorePlan, until: Instant) -> Result<bool, Error> {
+    let lazily = lazily(fixed).await?;
+    // One reason, while there is still time to tell it.
+    let known = until.checked_sub(TELLING).unwrap_or(until);
+    let shared = &fixed.shared;
+    let fetched = shared.data.image(plan, &shared.node, lazily, known);
+    step(&fixed.id, "fetch", fetched).await
 }
 
 /// Looks for the image on this node.
