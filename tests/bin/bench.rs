@@ -17,6 +17,8 @@ mod pager;
 mod report;
 #[path = "bench/shim.rs"]
 mod shim;
+#[path = "bench/small.rs"]
+mod small;
 #[path = "bench/starts.rs"]
 mod starts;
 #[path = "bench/steps.rs"]
@@ -29,12 +31,14 @@ use std::io::Write;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-Usage: bench [shim] [starts] [stop] [pager] [format] [--pairs N] [--json]
+Usage: bench [shim] [starts] [stop] [pager] [small] [format] [--pairs N] [--json]
 
   shim       ours against the one that containerd ships: run, exec, memory
   starts     warm starts of a model server against cold ones
   stop       how long a process of 2 GiB stands still while it is checkpointed
-  pager      a model server's first answer and all of its memory: by our pager, eagerly, and by CRIU's daemon
+  pager      a model server's first answer and all of its memory: by our pager from the disk and from a bucket, eagerly,
+             and by CRIU's daemon
+  small      up to what size a container goes on sooner when all of its memory is read before it runs
   format     digests, chunks and generations of images, without a node
              (without any of these: all)
   --pairs N  measure N pairs, one after the other [default: 15]
@@ -47,6 +51,7 @@ struct Args {
     starts: bool,
     stop: bool,
     pager: bool,
+    small: bool,
     format: bool,
     pairs: usize,
     json: bool,
@@ -59,6 +64,7 @@ impl Args {
             starts: false,
             stop: false,
             pager: false,
+            small: false,
             format: false,
             pairs: 15,
             json: false,
@@ -69,6 +75,7 @@ impl Args {
                 "starts" => args.starts = true,
                 "stop" => args.stop = true,
                 "pager" => args.pager = true,
+                "small" => args.small = true,
                 "format" => args.format = true,
                 "--json" => args.json = true,
                 "--pairs" => {
@@ -88,6 +95,7 @@ impl Args {
             &mut args.starts,
             &mut args.stop,
             &mut args.pager,
+            &mut args.small,
             &mut args.format,
         ];
         if one.iter().all(|wanted| !**wanted) {
@@ -109,6 +117,9 @@ async fn measure(args: &Args) -> Result<()> {
     }
     if args.pager {
         report::pager(&pager::measure(args.pairs).await?, args.json)?;
+    }
+    if args.small {
+        report::small(&small::measure(args.pairs).await?, args.json)?;
     }
     if args.format {
         report::format(&format::measure(args.pairs)?, args.json)?;

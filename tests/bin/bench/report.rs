@@ -6,6 +6,8 @@ mod format;
 mod pager;
 #[path = "report/shims.rs"]
 mod shims;
+#[path = "report/small.rs"]
+mod small;
 #[path = "report/starts.rs"]
 mod starts;
 #[path = "report/stop.rs"]
@@ -56,6 +58,14 @@ pub(crate) fn pager(measured: &crate::pager::Measured, json: bool) -> Result<()>
     match json {
         true => Ok(writeln!(out, "{}", pager::json(measured))?),
         false => pager::tables(&mut out, measured),
+    }
+}
+
+pub(crate) fn small(measured: &crate::small::Measured, json: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match json {
+        true => Ok(writeln!(out, "{}", small::json(measured))?),
+        false => small::tables(&mut out, measured),
     }
 }
 

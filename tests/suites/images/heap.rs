@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rekindle_harness::container::{Builder, State};
 use rekindle_harness::{Container, Count, poll};
+use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
@@ -184,7 +185,7 @@ async fn pager(stage: &Stage, bytes: u64) -> Result<Pid> {
 
 /// Bytes that a process has read; none of one that has ended.
 fn has_read(pid: u32) -> u64 {
-    let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+    let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
     let read = io.lines().find_map(|line| line.strip_prefix("rchar: "));
     read.and_then(|bytes| bytes.parse().ok()).unwrap_or(0)
 }
@@ -231,9 +232,9 @@ pub(crate) async fn a_killed_pager_ends_the_container(stage: &Stage) -> Result<(
 
 /// Whether a pager has been given the memory of a process.
 fn holds_memory(pager: Pid) -> bool {
-    let all = std::fs::read_dir(format!("/proc/{pager}/fd"));
+    let all = fs::read_dir(format!("/proc/{pager}/fd"));
     all.into_iter().flatten().flatten().any(|fd| {
-        std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("[userfaultfd]"))
+        fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("[userfaultfd]"))
     })
 }
 
@@ -339,11 +340,11 @@ pub(crate) async fn a_shim_that_is_killed_while_loading_leaves_nothing(
 pub(crate) async fn a_flipped_page_ends_the_container(stage: &Stage) -> Result<()> {
     image(stage, "flipped-heap").await?;
     let folder = stage.image("default", "flipped-heap");
-    let mut all = std::fs::read_dir(&folder)?.filter_map(Result::ok);
+    let mut all = fs::read_dir(&folder)?.filter_map(Result::ok);
     let pack = all
         .find(|entry| entry.file_name().to_string_lossy().starts_with("pack-"))
         .context("the image has no pack")?;
-    let file = std::fs::File::options()
+    let file = fs::File::options()
         .read(true)
         .write(true)
         .open(pack.path())?;
@@ -380,4 +381,35 @@ async fn is_gone(stage: &Stage, pager: Pid) -> Result<()> {
         Ok(left.iter().all(|(pid, _)| *pid != pager).then_some(()))
     })
     .await
+}
+
+/// `restore.paging` as it is without a word: what is small goes on sooner when it is read before it runs.
+pub(crate) async fn what_is_small_is_read_before_it_runs(stage: &Stage) -> Result<()> {
+    let last = image(stage, "large").await?;
+    let (task, at) = stage.lived_in("little").await?;
+    stage.checkpoint("little", "little", &["--exit"]).await?;
+    task.remove().await?;
+    let file = stage.node.path("/etc/rekindle/config.toml");
+    let before = fs::read_to_string(&file)?;
+    fs::write(
+        &file,
+        before.replace("paging = \"lazy\"", "paging = \"auto\""),
+    )?;
+    let restored = async {
+        let little = stage.warm("little-2", "little").run().await?;
+        let large = heap(stage, "large-2").annotation(RESTORE_FROM, "large");
+        anyhow::Ok((little, large.run().await?))
+    };
+    let restored = restored.await;
+    fs::write(&file, before)?;
+    let (little, large) = restored?;
+    let now = counts_to(little.io().out()?, at.n + 3).await?;
+    assert_eq!(now.nonce, at.nonce);
+    is_sound(&large, &last).await?;
+    let log = stage.node.log_tail(usize::MAX);
+    let read = |id: &str| log.contains(&format!("begins id={id:?} step=\"read pages\""));
+    ensure!(read("little-2"), "the little one came in lazily");
+    ensure!(!read("large-2"), "the large one was read before it ran");
+    little.remove().await?;
+    large.remove().await
 }

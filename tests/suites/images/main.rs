@@ -187,6 +187,7 @@ images! {
             a_pager_that_dies_during_the_restore_fails_the_start
             a_container_that_ends_while_loading_leaves_nothing
             a_shim_that_is_killed_while_loading_leaves_nothing
+            what_is_small_is_read_before_it_runs
         }
         incoming {
             it_runs_before_its_memory_is_on_the_node

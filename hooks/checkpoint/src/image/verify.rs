@@ -28,7 +28,7 @@ use super::{
 use crate::{
     chunks::{Chunks, Common, Digest, Index, Key, MAX_INDEX, StreamReader},
     contents::Contents,
-    criu_image::{Task, check_folder, credentials},
+    criu_image::{Run, Task, check_folder, credentials},
     manifest::{
         CRIU_DIR, Encryption, FileEntry, INDEX_FILE, MANIFEST_DIGEST_FILE, MANIFEST_FILE, Manifest,
         ORIGIN_FILE, SHM_FILE, UPPER_FILE,
@@ -116,18 +116,29 @@ impl VerifiedImage {
         self.chunks.stream(SHM_FILE)
     }
 
-    /// Puts all pages where CRIU looks for them, for a restore without a pager: on the store's disk, but in
-    /// the folder that there is when the image is encrypted.
+    /// Bytes of memory that a lazy restore leaves to its pager, those that are zeros not counted.
+    ///
+    /// # Errors
+    /// [`ImageError::Criu`].
+    pub fn lazy_bytes(&self) -> Result<u64, ImageError> {
+        let plan = self
+            .laid_out
+            .plan(&self.reference, &self.chunks, Run::lazy)?;
+        Ok(plan.bytes())
+    }
+
+    /// Puts all pages where CRIU looks for them, for a restore without a pager: beside its other files, and where they
+    /// are large on the store's disk, unless the image is encrypted.
     ///
     /// # Errors
     /// What the file system says, or which pack is damaged.
     pub fn load_eagerly(&mut self) -> Result<(), ImageError> {
-        if self.manifest.encryption.is_none() {
-            self.image.laid_out = self.laid_out.copied_to(&self.store)?;
-        }
         let plan = self
             .laid_out
             .plan(&self.reference, &self.chunks, |_| true)?;
+        if plan.bytes() > IN_MEMORY && self.manifest.encryption.is_none() {
+            self.image.laid_out = self.laid_out.copied_to(&self.store)?;
+        }
         self.laid_out.write(plan, &self.reference, &self.chunks)
     }
 

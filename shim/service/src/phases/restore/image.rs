@@ -29,6 +29,10 @@ use crate::{
 /// In the bundle: CRIU's files of the image.
 const IMAGE: &str = "criu-image";
 
+/// Up to so many bytes of memory a container goes on sooner when they are all read before it runs: a pager is a process that
+/// has to start. Measured: `make bench ARGS="small"`, see docs/BENCHMARKS.md.
+const SOONER_EAGERLY: u64 = 16 << 20;
+
 /// Before its time is over a wait for an image ends with how far that came.
 const TELLING: Duration = Duration::from_millis(200);
 
@@ -67,7 +71,12 @@ async fn fitting(
         digest(fixed),
         lazily(fixed),
     );
-    let ((image, tasks), lazily) = (image?, lazily?);
+    let (verified, lazily) = (image?, lazily?);
+    let Verified {
+        image,
+        tasks,
+        small,
+    } = verified;
     let host = host.map_err(cannot)?;
     let facts = &image.manifest().facts;
     let container = container_facts(&spec.parsed()?);
@@ -81,6 +90,7 @@ async fn fitting(
         }
         tracing::warn!(id = fixed.id, %misfit, "restoring all the same: restore-force is host");
     }
+    let lazily = lazily && !(small && fixed.shared.node.restore.paging == Paging::Auto);
     let image = match lazily {
         true => image,
         false => step(&fixed.id, "read pages", eagerly(fixed, image)).await?,
@@ -88,12 +98,17 @@ async fn fitting(
     Ok((image, lazily))
 }
 
-/// The image, and what CRIU would give its tasks.
-async fn verified(
-    fixed: &Fixed,
-    plan: &RestorePlan,
-    until: Instant,
-) -> Result<(VerifiedImage, Vec<Task>), Error> {
+/// An image that is what was sealed.
+struct Verified {
+    image: VerifiedImage,
+    /// What CRIU would give its tasks.
+    tasks: Vec<Task>,
+    /// Whether its container goes on sooner when all of its memory is read before.
+    small: bool,
+}
+
+/// The image, whole or with what a restore with a pager needs to begin.
+async fn verified(fixed: &Fixed, plan: &RestorePlan, until: Instant) -> Result<Verified, Error> {
     let cannot = |reason: String| PhaseError::CannotRestore {
         id: fixed.id.clone(),
         reason,
@@ -141,9 +156,15 @@ async fn verified(
         if let Err(e) = sealed.mark_used() {
             tracing::warn!("the image counts as not used: {}", sentence(&e));
         }
+        let whole = sealed.origin()?.is_none();
         let image = sealed.verify_begun(&into, key.as_ref())?;
         let tasks = image.tasks()?;
-        Ok::<_, ImageError>((image, tasks))
+        let small = whole && image.lazy_bytes()? <= SOONER_EAGERLY;
+        Ok::<_, ImageError>(Verified {
+            image,
+            tasks,
+            small,
+        })
     });
     Ok(verified.await?.map_err(unfit)?)
 }
