@@ -10,7 +10,8 @@ use tokio::process::Child;
 
 /// Where it listens, in the node's own network: no other node is in the way.
 const LISTEN: &str = "127.0.0.1:9000";
-const ROOT: &str = "/srv/s3";
+/// The folder of its buckets, on the node.
+pub const ROOT: &str = "/srv/s3";
 /// What is to be uploaded.
 const STAGING: &str = "/srv/upload";
 const CREDENTIALS: &str = "/etc/rekindle/s3-credentials";

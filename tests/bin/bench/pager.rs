@@ -1,5 +1,5 @@
-//! The measurement: how soon a restored model server answers, and how soon all of its memory is in. By our pager, eagerly,
-//! and by CRIU's own daemon, in turn; with a small and with a large heap beside the server.
+//! The measurement: how soon a restored model server answers, and how soon all of its memory is in. By our pager from the
+//! disk and from a bucket, eagerly, and by CRIU's own daemon, in turn; with a small and with a large heap beside the server.
 
 use crate::figures::Series;
 use crate::filling;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use rekindle_harness::container::Builder;
 use rekindle_harness::model::{self, Embedding};
 use rekindle_harness::progress::Progress;
-use rekindle_harness::s3::S3Server;
+use rekindle_harness::s3::{self, S3Server};
 use rekindle_harness::{Container, Node};
 use std::cell::Cell;
 use std::fs;
@@ -22,6 +22,8 @@ const SMALL: u64 = 512;
 const LARGE: u64 = 8192;
 const LESS_LARGE: u64 = 2048;
 const MEMORY_FOR_LARGE: u64 = 40;
+/// The bucket of the images that are not on the node, below the namespace's prefix.
+const BUCKET: &str = "images";
 /// Where the plain checkpoints lie, and the runc that restores from them.
 const PLAIN: &str = "/var/lib/bench";
 const LAZY_RUNC: &str = "/usr/local/bin/runc-with-lazy-pages";
@@ -56,17 +58,19 @@ exec runc "$@"
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     Ours,
+    /// By our pager, too, of an image that is in a bucket only.
+    Afar,
     Eagerly,
     Criu,
 }
 
-const WAYS: [Way; 3] = [Way::Ours, Way::Eagerly, Way::Criu];
+const WAYS: [Way; 4] = [Way::Ours, Way::Afar, Way::Eagerly, Way::Criu];
 
 impl Way {
     /// The processes that bring it in, by what is in their command lines.
     fn pager(self) -> Option<&'static [&'static str]> {
         match self {
-            Way::Ours => Some(&["rekindle pager --criu"]),
+            Way::Ours | Way::Afar => Some(&["rekindle pager --criu"]),
             Way::Criu => Some(&["criu lazy-pages"]),
             Way::Eagerly => None,
         }
@@ -83,10 +87,11 @@ pub(crate) struct Start {
     pub(crate) pager_mib: Option<f64>,
 }
 
-/// The three ways, in one pair of each.
+/// All ways, in one round.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Round {
     pub(crate) ours: Start,
+    pub(crate) afar: Start,
     pub(crate) eager: Start,
     pub(crate) criu: Start,
 }
@@ -132,9 +137,13 @@ struct Stage {
 }
 
 pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
-    let prepared = model::prepare().await?;
+    let mut prepared = model::prepare().await?;
+    if let Some(config) = &mut prepared.config.rekindle_toml {
+        *config += &s3::tier(BUCKET, "default");
+    }
     let node = Node::start(prepared.config.clone()).await?;
     let _s3 = S3Server::start(&node, model::BUCKET, model::PREFIX, &prepared.weights).await?;
+    fs::create_dir_all(node.path(s3::ROOT).join(BUCKET))?;
     let machine = machine::facts(&node)?;
     let runc = node.path(LAZY_RUNC);
     fs::write(&runc, RUNC)?;
@@ -155,7 +164,14 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
         let first = stage.images(mib).await?;
         // A restore notes what it is asked for, and after the third there is as a rule nothing new. And the page cache
         // learns the files of all.
-        for way in [Way::Ours, Way::Ours, Way::Ours, Way::Eagerly, Way::Criu] {
+        for way in [
+            Way::Ours,
+            Way::Ours,
+            Way::Ours,
+            Way::Afar,
+            Way::Eagerly,
+            Way::Criu,
+        ] {
             stage.start(way, mib, &first).await?;
         }
         let rounds = Vec::new();
@@ -174,8 +190,13 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
                 let place = (pair + turn) % WAYS.len();
                 starts[place] = Some(stage.start(WAYS[place], beside.mib, first).await?);
             }
-            if let [Some(ours), Some(eager), Some(criu)] = starts {
-                beside.rounds.push(Round { ours, eager, criu });
+            if let [Some(ours), Some(afar), Some(eager), Some(criu)] = starts {
+                beside.rounds.push(Round {
+                    ours,
+                    afar,
+                    eager,
+                    criu,
+                });
             }
         }
     }
@@ -198,7 +219,7 @@ impl Stage {
             .env(&format!("HEAP={HEAP}"))
     }
 
-    /// Starts a server, and makes both images of it; what it had answered by then.
+    /// Starts a server, and makes the images of it; what it had answered by then.
     async fn images(&self, mib: u64) -> Result<Embedding> {
         let id = format!("first-{mib}");
         let task = self.server(&id, mib).run().await?;
@@ -210,15 +231,14 @@ impl Stage {
         self.node
             .run(["ctr", "task", "checkpoint", "--image-path", &plain, &id])
             .await?;
-        self.node
-            .run([
-                "rekindle",
-                "checkpoint",
-                &id,
-                "--name",
-                &name(mib),
-                "--exit",
-            ])
+        let (near, afar) = (name(mib), away(mib));
+        let place = format!("s3://{BUCKET}/default/");
+        let node = &self.node;
+        node.run(["rekindle", "checkpoint", &id, "--name", &afar])
+            .await?;
+        node.run(["rekindle", "image", "push", &afar, &place])
+            .await?;
+        node.run(["rekindle", "checkpoint", &id, "--name", &near, "--exit"])
             .await?;
         task.remove().await?;
         Ok(answer)
@@ -232,7 +252,12 @@ impl Stage {
             Way::Criu => server
                 .binary(LAZY_RUNC)
                 .restore_from(&format!("{PLAIN}/{mib}")),
-            _ => server.annotation("rekindle.dev/restore-from", &name(mib)),
+            Way::Afar => {
+                let remove = ["rekindle", "image", "rm", &away(mib)];
+                self.node.run(remove).await?;
+                server.annotation("rekindle.dev/restore-from", &away(mib))
+            }
+            Way::Ours | Way::Eagerly => server.annotation("rekindle.dev/restore-from", &name(mib)),
         };
         let prepared = server.prepare().await?;
         let began = Instant::now();
@@ -244,6 +269,10 @@ impl Stage {
             all_in: all_in.map(|(ms, _)| ms),
             pager_mib: all_in.map(|(_, mib)| mib),
         };
+        if way == Way::Afar {
+            let fetch = ["rekindle", "image", "fetch", &away(mib)];
+            self.node.run(fetch).await?;
+        }
         task.remove().await?;
         // Nothing of this one may be left to do in the time of the next.
         self.node.run(["sync"]).await?;
@@ -292,6 +321,11 @@ impl Stage {
 
 fn name(mib: u64) -> String {
     format!("bench-{mib}")
+}
+
+/// The image that is in a bucket only.
+fn away(mib: u64) -> String {
+    format!("afar-{mib}")
 }
 
 fn ms(time: Duration) -> f64 {

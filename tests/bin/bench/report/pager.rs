@@ -9,6 +9,7 @@ use std::io::{StdoutLock, Write};
 
 /// Ours at most so much of the other's.
 const OF_EAGER: f64 = 0.25;
+const AFAR_OF_EAGER: f64 = 0.5;
 const OF_CRIU: f64 = 1.0;
 const OF_CRIU_ALL_IN: f64 = 0.6;
 const LARGE_OF_SMALL: f64 = 1.3;
@@ -17,6 +18,10 @@ const PAGER: f64 = 64.0;
 
 fn of_eager(round: &Round) -> Option<f64> {
     Some(round.ours.answered / round.eager.answered)
+}
+
+fn afar_of_eager(round: &Round) -> Option<f64> {
+    Some(round.afar.answered / round.eager.answered)
 }
 
 fn of_criu(round: &Round) -> Option<f64> {
@@ -36,6 +41,11 @@ fn all(beside: &Beside) -> Vec<(&'static str, Series, usize)> {
     vec![
         ("answer, ours, ms", beside.of(|r| Some(r.ours.answered)), 0),
         (
+            "answer, from a bucket, ms",
+            beside.of(|r| Some(r.afar.answered)),
+            0,
+        ),
+        (
             "answer, eagerly, ms",
             beside.of(|r| Some(r.eager.answered)),
             0,
@@ -46,14 +56,25 @@ fn all(beside: &Beside) -> Vec<(&'static str, Series, usize)> {
             0,
         ),
         ("all in, ours, ms", beside.of(|r| r.ours.all_in), 0),
+        ("all in, from a bucket, ms", beside.of(|r| r.afar.all_in), 0),
         ("all in, CRIU's, ms", beside.of(|r| r.criu.all_in), 0),
         ("pager's peak, ours, MiB", beside.of(pager_mib), 1),
+        (
+            "pager's peak, from a bucket, MiB",
+            beside.of(|r| r.afar.pager_mib),
+            1,
+        ),
         (
             "pager's peak, CRIU's, MiB",
             beside.of(|r| r.criu.pager_mib),
             1,
         ),
         ("answer, ours / eagerly", beside.of(of_eager), 2),
+        (
+            "answer, from a bucket / eagerly",
+            beside.of(afar_of_eager),
+            2,
+        ),
         ("answer, ours / CRIU's", beside.of(of_criu), 2),
         ("all in, ours / CRIU's", beside.of(of_criu_all_in), 2),
     ]
@@ -74,6 +95,12 @@ pub(super) fn tables(out: &mut StdoutLock<'_>, measured: &Measured) -> Result<()
             "the first answer of the eager restore's",
             &beside.of(of_eager),
             OF_EAGER,
+        )?;
+        verdict(
+            out,
+            "the first answer from a bucket of the eager restore's",
+            &beside.of(afar_of_eager),
+            AFAR_OF_EAGER,
         )?;
         verdict(
             out,
