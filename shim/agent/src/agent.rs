@@ -188,6 +188,13 @@ impl Agent {
     fn replicate(&mut self, images: &mut [Held], tiers: &mut Tiers<'_>) -> usize {
         let mut missing = 0;
         for held in images {
+            if let Err(error) = self.complete(held, tiers.config) {
+                tracing::warn!(image = reference(held), "the rest does not come: {error:#}");
+                self.failed(
+                    &reference(held),
+                    format!("the rest does not come: {error:#}"),
+                );
+            }
             let replica = self.replica(held, tiers).unwrap_or_else(|error| {
                 tracing::warn!(image = reference(held), "not replicated: {error:#}");
                 self.failed(&reference(held), format!("not replicated: {error:#}"));
@@ -198,6 +205,26 @@ impl Agent {
             missing += usize::from(replica == Replica::Failed);
         }
         missing
+    }
+
+    /// Has the rest of an image come that began to come in, where whoever fetched it is gone.
+    fn complete(&self, held: &Held, config: &NodeConfig) -> anyhow::Result<()> {
+        let (namespace, name) = (&held.namespace, &held.name);
+        let sealed = match self.store.resolve(namespace, name, Some(held.generation)) {
+            // Somebody has removed it meanwhile, or what is there cannot be read, which others tell.
+            Err(_) => return Ok(()),
+            Ok(sealed) => sealed,
+        };
+        let Some(source) = tier::rest_of(config, &sealed)? else {
+            return Ok(());
+        };
+        let Some(_alone) = self.store.fetching(namespace, name)? else {
+            return Ok(());
+        };
+        let key = keys::of(config, &sealed)?;
+        sealed.complete(key.as_ref(), source, &AtomicU64::new(0))?;
+        tracing::info!(image = reference(held), "the rest of it has come");
+        Ok(())
     }
 
     fn replica(&mut self, held: &Held, tiers: &mut Tiers<'_>) -> anyhow::Result<Replica> {

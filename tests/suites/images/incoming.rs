@@ -173,6 +173,7 @@ pub(crate) async fn other_bytes_in_the_bucket_end_it(stage: &Stage) -> Result<()
         Err(refusal) => {
             let said = refusal.message();
             ensure!(said.contains("gives something else"), "{said}");
+            warm.delete().await?;
         }
     }
     warm.remove().await?;

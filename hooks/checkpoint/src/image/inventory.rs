@@ -62,6 +62,7 @@ impl ImageStore {
                 manifest,
                 in_use,
                 quarantined,
+                ..
             } = listed;
             let dir = self.image_dir(&namespace, &name, generation);
             // One that is being removed just now is gone from a line to the next.

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     chunks::{Base, Key},
-    manifest::{MANIFEST_FILE, Manifest, ManifestError, Source, read_bounded},
+    manifest::{MANIFEST_FILE, Manifest, ManifestError, ORIGIN_FILE, Source, read_bounded},
 };
 
 /// No namespace begins with a dot, so this is never one.
@@ -42,6 +42,8 @@ pub struct Listed {
     pub manifest: Result<Manifest, ManifestError>,
     /// Whether a container is being restored from it, or still loads from it.
     pub in_use: bool,
+    /// Whether some of it is in its tier only, and comes.
+    pub incoming: bool,
     /// Why no container of its [kind](crate::warm) starts from it any more.
     pub quarantined: Option<String>,
 }
@@ -209,6 +211,7 @@ impl ImageStore {
                         manifest: read_manifest(&dir).map(|(manifest, _)| manifest),
                         // Looking must not create a lock file, nor hold one.
                         in_use: lock.exists() && Lock::try_acquire(&lock)?.is_none(),
+                        incoming: dir.join(ORIGIN_FILE).exists(),
                         quarantined: record.quarantined(generation).map(str::to_owned),
                         namespace: namespace.clone(),
                         name: name.clone(),

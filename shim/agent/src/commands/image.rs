@@ -235,11 +235,12 @@ fn ls(store: &ImageStore, namespace: Option<&Namespace>, json: bool) -> anyhow::
 }
 
 fn cells(found: &Listed) -> [String; 8] {
-    let state = match (&found.manifest, &found.quarantined, found.in_use) {
-        (Err(_), ..) => "refused",
-        (Ok(_), Some(_), _) => "quarantined",
-        (Ok(_), None, true) => "in use",
-        (Ok(_), None, false) => "",
+    let state = match (&found.manifest, &found.quarantined) {
+        (Err(_), _) => "refused",
+        (Ok(_), Some(_)) => "quarantined",
+        (Ok(_), None) if found.incoming => "coming in",
+        (Ok(_), None) if found.in_use => "in use",
+        (Ok(_), None) => "",
     };
     let manifest = found.manifest.as_ref().ok();
     let say = |say: fn(&Manifest) -> String| manifest.map_or_else(|| "?".to_owned(), say);
@@ -262,6 +263,7 @@ fn row(found: &Listed) -> serde_json::Value {
         "name": found.name,
         "generation": found.generation,
         "in_use": found.in_use,
+        "incoming": found.incoming,
         "quarantined": found.quarantined,
         "bytes": manifest.ok().map(Manifest::total_bytes),
         "created": manifest.ok().map(|manifest| manifest.created),
