@@ -20,6 +20,8 @@ pub mod poll;
 pub mod progress;
 pub mod root;
 pub mod s3;
+#[path = "../../shim/agent/tests/schema/mod.rs"]
+pub mod schema;
 pub mod shim;
 mod spec;
 mod traces;

@@ -18,8 +18,10 @@ use agent_ttrpc::AgentClient;
 use rekindle_checkpoint::manifest::UPPER_FILE;
 use rekindle_checkpoint::{Facts, ImageStore, chunks::Compression};
 use rekindle_core::step::AgentStep;
-use rekindle_harness::{cli, s3_server};
+use rekindle_harness::{cli, s3_server, schema};
+use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
@@ -161,6 +163,7 @@ impl Node {
     fn listed(&self, namespace: &str) -> Vec<u64> {
         let args = ["image", "ls", "--json", "-n", namespace];
         let output = self.rekindle("node", &args).output().unwrap();
+        schema::check(&args, &output.stdout);
         let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
         let whole = rows.iter().filter(|row| row["refused"].is_null());
         let numbers = whole.map(|row| row["generation"].as_u64().unwrap());
@@ -181,6 +184,14 @@ impl Node {
         }
         let _ = fs::remove_dir_all(self.root("other"));
         tags
+    }
+
+    /// The pack of an image that has one.
+    fn pack_of(&self, image: &str) -> PathBuf {
+        let folder = fs::read_dir(self.root("node").join(image)).unwrap();
+        let mut paths = folder.map(|entry| entry.unwrap().path());
+        let is_pack = |path: &PathBuf| path.to_str().unwrap().contains("/pack-");
+        paths.find(is_pack).unwrap()
     }
 
     /// What lies in the folder for images that are being made.
@@ -217,8 +228,9 @@ fn images_are_in_their_tier_before_they_go() {
     );
     assert_eq!(node.tags().len(), 3);
     let ls = ["image", "ls", "s3://images/a/", "--json"];
-    let rows: Vec<Value> =
-        serde_json::from_slice(&node.rekindle("node", &ls).output().unwrap().stdout).unwrap();
+    let rows = node.rekindle("node", &ls).output().unwrap().stdout;
+    schema::check(&ls, &rows);
+    let rows: Vec<Value> = serde_json::from_slice(&rows).unwrap();
     assert_eq!(rows.len(), 3);
     for row in rows {
         assert_eq!(row["namespace"], "team-a");
@@ -247,18 +259,47 @@ fn what_its_tier_does_not_take_stays() {
     assert_eq!(node.here("team-b"), [3]);
 }
 
+/// As a fetch leaves it that is killed, with a restore that did not need the rest.
+#[test]
+fn what_has_begun_to_come_in_is_completed() {
+    let node = Node::new();
+    node.make("team-a", 1);
+    assert!(node.once().status.success());
+    let pack = node.pack_of("team-a/warm/1");
+    let origin = pack.with_file_name("origin.json");
+    let digest = Sha256::digest(fs::read(&pack).unwrap());
+    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = pack.file_name().unwrap().to_str().unwrap();
+    let text = serde_json::json!({
+        "tier": "s3://images/a/", "packs": {name: format!("sha256:{digest}")},
+    });
+    fs::write(&origin, text.to_string()).unwrap();
+    let file = fs::File::options().write(true).open(&pack).unwrap();
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&file, hole, 1 << 20, 5 << 20).unwrap();
+
+    let ls = ["image", "ls", "--json"];
+    let rows = node.rekindle("node", &ls).output().unwrap().stdout;
+    let rows: Vec<Value> = serde_json::from_slice(&rows).unwrap();
+    assert_eq!(rows[0]["incoming"], true);
+    let verify = ["image", "verify", "team-a/warm"];
+    let unsound = node.rekindle("node", &verify).output().unwrap();
+    let said = String::from_utf8_lossy(&unsound.stdout);
+    assert!(said.contains("is not all on this node yet"), "{said}");
+
+    let ended = node.once();
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(!origin.exists());
+    assert_eq!(node.here("team-a"), [1]);
+}
+
 #[test]
 fn what_is_damaged_is_not_replicated_and_stays() {
     let node = Node::with_images();
-    let folder = node.root("node").join("team-a/warm/1");
-    let pack = fs::read_dir(folder).unwrap().find_map(|entry| {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        name.starts_with("pack-").then_some(path)
-    });
-    let mut bytes = fs::read(pack.as_ref().unwrap()).unwrap();
+    let pack = node.pack_of("team-a/warm/1");
+    let mut bytes = fs::read(&pack).unwrap();
     bytes[BYTES / 2] ^= 1;
-    fs::write(pack.unwrap(), bytes).unwrap();
+    fs::write(pack, bytes).unwrap();
     let ended = node.once();
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     let said = String::from_utf8_lossy(&ended.stderr);

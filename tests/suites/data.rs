@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use rekindle_harness::container::{Builder, Container};
 use rekindle_harness::cri::PodBuilder;
 use rekindle_harness::halting::{self, HaltingStore};
-use rekindle_harness::{Image, Node, NodeConfig, Runtime, images, poll};
+use rekindle_harness::{Image, Node, NodeConfig, Runtime, images, poll, schema};
 use serde_json::Value;
 use std::net::TcpListener;
 use std::process::Output;
@@ -126,6 +126,7 @@ impl Stage {
     async fn listed(&self, uri: &str) -> Result<Option<Value>> {
         let output = self.dataset(&["ls", "--json"]).await?;
         assert_eq!(output.status.code(), Some(0), "{output:?}");
+        schema::check(&["dataset", "ls", "--json"], &output.stdout);
         let rows: Vec<Value> = serde_json::from_slice(&output.stdout)?;
         Ok(rows.into_iter().find(|row| row["uri"] == uri))
     }

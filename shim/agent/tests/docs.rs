@@ -12,6 +12,9 @@ use rekindle_core::{
     config::NodeConfig,
 };
 
+#[allow(dead_code, reason = "other tests compare what commands print")]
+mod schema;
+
 fn doc(name: &str) -> String {
     let path = format!("{}/../../docs/{name}", env!("CARGO_MANIFEST_DIR"));
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
@@ -44,6 +47,25 @@ fn every_example_of_the_configuration_is_accepted() {
         NodeConfig::default(),
         "the first block claims to be all defaults"
     );
+}
+
+#[test]
+fn every_schema_is_that_of_a_command_and_is_one() {
+    let text = doc("JSON.md");
+    let links = text.split("](schemas/").skip(1);
+    let listed = links.filter_map(|rest| rest.split_once(')').map(|(file, _)| file.to_owned()));
+    let mut listed: Vec<String> = listed.collect();
+    listed.sort();
+    let folder = format!("{}/../../docs/schemas", env!("CARGO_MANIFEST_DIR"));
+    let mut there = Vec::new();
+    for entry in fs::read_dir(&folder).unwrap() {
+        let file = entry.unwrap().file_name().into_string().unwrap();
+        // None of its words is one that the tests do not compare.
+        schema::errors(&schema::load(&file), &serde_json::Value::Null);
+        there.push(file);
+    }
+    there.sort();
+    assert_eq!(listed, there);
 }
 
 /// The first cells of a document's tables that name a key, in the section that starts with `heading`.

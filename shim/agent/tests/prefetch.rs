@@ -15,6 +15,8 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
+mod schema;
+
 fn node(store: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let root = folder.path();
@@ -41,6 +43,7 @@ fn rekindle(node: &Path, args: &[&str]) -> Command {
 }
 
 fn lines(output: &Output) -> Vec<Value> {
+    schema::check(&["prefetch", "--json"], &output.stdout);
     let text = String::from_utf8(output.stdout.clone()).unwrap();
     text.lines()
         .map(|line| serde_json::from_str(line).unwrap())

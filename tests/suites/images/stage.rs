@@ -5,7 +5,7 @@ use containerd_client::tonic::Status;
 use rekindle_harness::container::Builder;
 use rekindle_harness::fifo::Reader;
 use rekindle_harness::s3::{S3Server, tier};
-use rekindle_harness::{Container, Count, Image, Node, NodeConfig, Runtime, Suite, images};
+use rekindle_harness::{Container, Count, Image, Node, NodeConfig, Runtime, Suite, images, schema};
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::Output;
@@ -136,7 +136,11 @@ impl Stage {
             .output();
         // A checkpoint gives up after 110 s.
         match tokio::time::timeout(std::time::Duration::from_secs(120), output).await {
-            Ok(output) => Ok(output?),
+            Ok(output) => {
+                let output = output?;
+                schema::check(args, &output.stdout);
+                Ok(output)
+            }
             Err(_) => bail!("{command:?} did not end"),
         }
     }

@@ -14,6 +14,8 @@ use rekindle_checkpoint::{
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::schema;
+
 /// Removed with its folder.
 pub(crate) struct Node {
     pub(crate) folder: TempDir,
@@ -47,12 +49,14 @@ impl Node {
 
     /// `rekindle --config … image …`
     pub(crate) fn image(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_rekindle"))
+        let output = Command::new(env!("CARGO_BIN_EXE_rekindle"))
             .args(["--config", self.config().to_str().unwrap(), "image"])
             .args(args)
             .env_remove("REKINDLE_LOG")
             .output()
-            .unwrap()
+            .unwrap();
+        schema::check(&[&["image"], args].concat(), &output.stdout);
+        output
     }
 
     /// The one object that a command prints, which must succeed.
