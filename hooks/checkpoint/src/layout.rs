@@ -34,6 +34,8 @@ use crate::{
 };
 
 #[cfg(feature = "s3")]
+mod away;
+#[cfg(feature = "s3")]
 mod begin;
 mod blobs;
 #[cfg(feature = "s3")]
@@ -41,6 +43,8 @@ mod bucket;
 mod pull;
 mod push;
 
+#[cfg(feature = "s3")]
+pub use away::Told;
 pub use blobs::{BlobDigest, BlobFault};
 pub use pull::{Found, Proof, Pulled};
 pub use push::Pushed;
@@ -185,6 +189,12 @@ pub enum LayoutError {
 }
 
 impl LayoutError {
+    /// Whether a store has no such thing.
+    #[cfg(feature = "s3")]
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Remote(S3Error::Missing { .. }))
+    }
+
     fn io<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
         move |source| Self::Store(StoreError::io(doing, path)(source))
     }
@@ -203,7 +213,7 @@ pub struct Layout {
 enum Place {
     Folder(File),
     #[cfg(feature = "s3")]
-    Bucket(bucket::Remote),
+    Away(Box<dyn away::Away>),
 }
 
 /// OCI's content descriptor.
@@ -294,11 +304,8 @@ impl Layout {
     /// Its tags, as `index.json` lists them.
     fn tags(&self) -> Result<Vec<Descriptor>, LayoutError> {
         #[cfg(feature = "s3")]
-        if let Place::Bucket(remote) = &self.place {
-            return Ok(match remote.small(INDEX_JSON, MAX_INDEX_JSON)? {
-                Some(found) => self.json::<OciIndex>(INDEX_JSON, &found.bytes)?.manifests,
-                None => Vec::new(),
-            });
+        if let Some(away) = self.away() {
+            return away.index(self);
         }
         let file = self.file(INDEX_JSON);
         let file = file.map_err(LayoutError::io("open", &self.path.join(INDEX_JSON)))?;
@@ -311,7 +318,7 @@ impl Layout {
         let dir = match &self.place {
             Place::Folder(dir) => dir,
             #[cfg(feature = "s3")]
-            Place::Bucket(_) => return Err(io::ErrorKind::Unsupported.into()),
+            Place::Away(_) => return Err(io::ErrorKind::Unsupported.into()),
         };
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let resolve =
@@ -353,7 +360,7 @@ impl Layout {
         if of.media_type != MANIFEST {
             return Err(foreign("media type", &of.media_type));
         }
-        let bytes = self.small_blob(tag, of, MAX_OCI_MANIFEST)?;
+        let bytes = self.manifest_blob(tag, of, MAX_OCI_MANIFEST)?;
         let digest: BlobDigest = of.digest.parse()?;
         let found: OciManifest = self.json(&digest.path(), &bytes)?;
         if found.artifact_type != ARTIFACT {
@@ -373,6 +380,15 @@ fn media_type(file: &str) -> &'static str {
         INDEX_FILE => CHUNKS,
         _ if file.contains('/') => CRIU,
         _ => PACK,
+    }
+}
+
+/// As many tags as a person reads.
+fn some_of(tags: &[impl AsRef<str>]) -> String {
+    let first: Vec<&str> = tags.iter().take(10).map(AsRef::as_ref).collect();
+    match first.is_empty() {
+        true => "it has no tags".to_owned(),
+        false => format!("it has {}", manifest::shorten(&first.join(", "))),
     }
 }
 

@@ -1,11 +1,11 @@
-//! An image out of a bucket, to be restored before all of it is here.
+//! An image out of a place over a network, to be restored before all of it is here.
 
 use std::{path::Path, sync::atomic::AtomicU64};
 
 use rekindle_core::name::{ImageName, Namespace};
 use rekindle_store::space;
 
-use super::{BlobDigest, Found, Layout, LayoutError, Place, bucket::Packs};
+use super::{BlobDigest, Found, Layout, LayoutError};
 use crate::{
     chunks::{Key, Remote},
     image::{ImageStore, Origin, SealedImage, Source},
@@ -22,12 +22,10 @@ impl Layout {
         manifest: &Manifest,
         origin: &Origin,
     ) -> Result<Box<dyn Remote>, LayoutError> {
-        let Place::Bucket(remote) = &self.place else {
-            return Err(LayoutError::NotALayout {
-                path: self.path.clone(),
-                reason: "an image comes bit by bit from a bucket only".to_owned(),
-            });
-        };
+        let away = self.away().ok_or_else(|| LayoutError::NotALayout {
+            path: self.path.clone(),
+            reason: "an image comes bit by bit from a bucket only".to_owned(),
+        })?;
         let mut blobs = Vec::new();
         for pack in &manifest.packs {
             let file = pack.id.file();
@@ -40,17 +38,14 @@ impl Layout {
                     what: "is not listed",
                 })?;
             let digest: BlobDigest = digest.parse()?;
-            blobs.push((digest.path(), pack.size));
+            blobs.push((digest, pack.size));
         }
-        Ok(Box::new(Packs::new(remote, blobs)))
+        Ok(away.parts(blobs))
     }
 
     /// How many requests for packs may be on their way at once.
     pub fn requests(&self) -> usize {
-        match &self.place {
-            Place::Bucket(remote) => remote.requests(),
-            Place::Folder(_) => 1,
-        }
+        self.away().map_or(1, |away| away.requests())
     }
 }
 

@@ -139,7 +139,7 @@ fn a_tier_has_the_images_of_its_namespaces_and_nothing_beside_its_prefix() {
     assert_eq!(of("team-b").as_deref(), Some("s3://images/rest/"));
     let at = |place: &str, ns: &str| {
         config
-            .tier_at(&place.parse().unwrap(), &ns.parse().unwrap())
+            .tier_at(&place.parse().unwrap(), Some(&ns.parse().unwrap()))
             .is_some()
     };
     assert!(at("s3://images/a/", "team-a") && at("s3://images/a/b/", "team-a"));

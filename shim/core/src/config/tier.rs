@@ -1,11 +1,11 @@
-//! `[[images.tier]]`: object stores that have copies of images.
+//! `[[images.tier]]`: where images have copies.
 
 use serde::{Deserialize, Serialize};
 
 use super::{S3Access, access::reached};
-use crate::uri::DatasetUri;
+use crate::uri::ImagePlace;
 
-/// An object store that has copies of the images of some namespaces.
+/// A place that has copies of the images of some namespaces.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "RawTier", rename_all = "kebab-case")]
 pub struct Tier {
@@ -37,19 +37,25 @@ impl From<RawTier> for Tier {
 }
 
 impl Tier {
-    /// The bucket, and what the keys in it begin with.
-    pub fn place(&self) -> Option<(String, String)> {
-        match self.url.parse() {
-            Ok(DatasetUri::S3 { bucket, key }) => Some((bucket, key)),
-            _ => None,
-        }
+    /// The place itself.
+    pub fn place(&self) -> Option<ImagePlace> {
+        self.url.parse().ok()
+    }
+
+    /// Whether `place` is this tier, or lies in it.
+    pub(super) fn has(&self, place: &ImagePlace) -> bool {
+        self.place().is_some_and(|tier| tier.contains(place))
     }
 
     /// What is wrong with it: key, value and what is allowed.
     pub(super) fn fault(&self) -> Option<(&'static str, String, &'static str)> {
-        if !self.url.ends_with('/') || self.place().is_none() {
-            let reason = "a tier is a bucket, or a prefix that ends with a slash: s3://bucket/ or s3://bucket/prefix/";
-            return Some(("images.tier.url", format!("{:?}", self.url), reason));
+        let refuse = |key, value: &str, reason| Some((key, format!("{value:?}"), reason));
+        match self.place() {
+            Some(ImagePlace::Bucket { .. }) => {}
+            _ => {
+                let reason = "a tier is a bucket, or a prefix that ends with a slash: s3://bucket/ or s3://bucket/prefix/";
+                return refuse("images.tier.url", &self.url, reason);
+            }
         }
         let (value, reason) = self.access.fault()?;
         Some(("images.tier.endpoint", value, reason))

@@ -20,7 +20,7 @@ use rekindle_core::{
     config::NodeConfig,
     name::{ImageName, ImageRef, Namespace},
 };
-use rekindle_store::s3::{S3Error, Tuning};
+use rekindle_store::s3::Tuning;
 use serde_json::{Value, json};
 
 use super::{opened::Room, with_bar};
@@ -187,11 +187,9 @@ fn complete(config: &NodeConfig, image: &SealedImage, json: bool) -> anyhow::Res
 
 /// That the tier has no such image is no failure of the store.
 fn not_found(error: LayoutError) -> anyhow::Error {
-    match error {
-        LayoutError::NoTag { .. } | LayoutError::Remote(S3Error::Missing { .. }) => {
-            Failure::NotFound(error.to_string()).into()
-        }
-        other => other.into(),
+    match matches!(error, LayoutError::NoTag { .. }) || error.is_missing() {
+        true => Failure::NotFound(error.to_string()).into(),
+        false => error.into(),
     }
 }
 

@@ -15,7 +15,7 @@ use rekindle_checkpoint::{
 use rekindle_core::{
     config::NodeConfig,
     name::{ImageRef, Namespace},
-    uri::{DatasetUri, UriError},
+    uri::{ImagePlace, PlaceError},
 };
 use serde_json::json;
 
@@ -32,14 +32,15 @@ pub(super) struct Place {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum At {
     Folder(PathBuf),
-    Bucket(DatasetUri),
+    /// What an `[[images.tier]]` has to name.
+    Away(ImagePlace),
 }
 
 impl fmt::Display for At {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Folder(folder) => folder.display().fmt(f),
-            Self::Bucket(uri) => uri.fmt(f),
+            Self::Away(place) => place.fmt(f),
         }
     }
 }
@@ -60,8 +61,8 @@ impl FromStr for Place {
             if !url.ends_with('/') {
                 return Err(refuse());
             }
-            let uri = url.parse().map_err(|e: UriError| e.to_string())?;
-            (At::Bucket(uri), tag)
+            let place = url.parse().map_err(|e: PlaceError| e.to_string())?;
+            (At::Away(place), tag)
         } else {
             let rest = text.strip_prefix("oci:").ok_or_else(refuse)?;
             // A folder with a colon in its name cannot be written so; nor can it for other tools.
@@ -89,7 +90,7 @@ impl At {
     fn create(&self, config: &NodeConfig, namespace: &Namespace) -> anyhow::Result<Layout> {
         match self {
             Self::Folder(folder) => Ok(Layout::create(folder)?),
-            Self::Bucket(uri) => tier::at(config, uri, Some(namespace)),
+            Self::Away(place) => tier::at(config, place, Some(namespace)),
         }
     }
 
@@ -97,7 +98,7 @@ impl At {
     fn open(&self, config: &NodeConfig, namespace: Option<&Namespace>) -> anyhow::Result<Layout> {
         match self {
             Self::Folder(folder) => Ok(Layout::open(folder)?),
-            Self::Bucket(uri) => tier::at(config, uri, namespace),
+            Self::Away(place) => tier::at(config, place, namespace),
         }
     }
 
@@ -105,7 +106,7 @@ impl At {
     fn admit(&self, config: &NodeConfig, namespace: &Namespace) -> anyhow::Result<()> {
         match self {
             Self::Folder(_) => Ok(()),
-            Self::Bucket(uri) => tier::admit(config, uri, namespace),
+            Self::Away(place) => tier::admit(config, place, namespace),
         }
     }
 }
@@ -151,24 +152,21 @@ pub(super) fn ls(
     namespace: Option<&Namespace>,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
-    let At::Bucket(uri) = &place.at else {
+    let At::Away(uri) = &place.at else {
         let reason = "only a bucket is listed: index.json of a layout in a folder has its tags";
         return Err(Failure::Refused(reason.to_owned()).into());
     };
     let layout = tier::at(config, uri, namespace)?;
     let mut rows = Vec::new();
-    for tag in layout.bucket_tags()? {
-        // Ours are NAMESPACE/NAME@CREATED-DIGEST; what somebody has called otherwise is what it is called.
-        let (image, rest) = tag.split_once('@').unwrap_or((&tag, ""));
-        let owner = image
-            .split_once('/')
-            .and_then(|(owner, _)| owner.parse().ok());
+    for (tag, told) in layout.listed()? {
+        // What somebody has called otherwise is what it is called.
+        let owner = told.as_ref().map(|told| told.namespace.clone());
         let shown = match (&owner, namespace) {
             (Some(owner), Some(wanted)) => owner == wanted,
-            (Some(owner), None) => config.tier_at(uri, owner).is_some(),
+            (Some(owner), None) => config.tier_at(uri, Some(owner)).is_some(),
             (None, wanted) => wanted.is_none(),
         };
-        let created = rest.split_once('-').and_then(|(when, _)| when.parse().ok());
+        let created = told.and_then(|told| told.image).map(|(_, created)| created);
         if shown {
             rows.push((tag, owner, created));
         }
@@ -212,7 +210,7 @@ pub(super) fn push(
     if args.json {
         let (key, place) = match &args.place.at {
             At::Folder(folder) => ("folder", folder.display().to_string()),
-            At::Bucket(uri) => ("url", uri.to_string()),
+            At::Away(place) => ("url", place.to_string()),
         };
         output::json(&json!({
             "image": reference,
@@ -327,7 +325,7 @@ mod tests {
         assert_eq!(place("oci:/srv/x"), Ok(is(folder("/srv/x"), None)));
         let tagged = is(folder("x"), Some("team-a/warm@3"));
         assert_eq!(place("oci:x:team-a/warm@3"), Ok(tagged));
-        let bucket = |url: &str| At::Bucket(url.parse().unwrap());
+        let bucket = |url: &str| At::Away(url.parse().unwrap());
         let plain = is(bucket("s3://images/"), None);
         assert_eq!(place("s3://images/"), Ok(plain));
         let tagged = is(bucket("s3://images/a/b/"), Some("team-a/warm"));
