@@ -1,5 +1,5 @@
-//! Images in an OCI image layout: a folder in which they travel from node to node, and to registries by tools that copy
-//! layouts, or the same below a prefix of a bucket.
+//! Images in an OCI image layout: a folder in which they travel from node to node, the same below a prefix of a bucket, or
+//! a repository of a registry.
 //!
 //! ```text
 //!  oci-layout               {"imageLayoutVersion": "1.0.0"}
@@ -26,7 +26,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "s3")]
-use rekindle_store::s3::S3Error;
+use rekindle_store::{registry::RegistryError, s3::S3Error};
 
 use crate::{
     image::ImageError,
@@ -42,12 +42,16 @@ mod blobs;
 mod bucket;
 mod pull;
 mod push;
+#[cfg(feature = "s3")]
+mod registry;
 
 #[cfg(feature = "s3")]
 pub use away::Told;
 pub use blobs::{BlobDigest, BlobFault};
 pub use pull::{Found, Proof, Pulled};
 pub use push::Pushed;
+#[cfg(feature = "s3")]
+pub use registry::check_registry_reference;
 
 /// What an image is to those who do not know it.
 pub const ARTIFACT: &str = "application/vnd.rekindle.checkpoint.v2";
@@ -105,6 +109,11 @@ pub enum LayoutError {
         "{0:?} is no tag: 1 to 255 of a-z, A-Z, 0-9, '.', '_', '-', '+', '@' and '/', beginning with a letter or digit"
     )]
     Tag(String),
+    /// Not a tag of a registry.
+    #[error(
+        "{0:?} is no tag of a registry: 1 to 128 of a-z, A-Z, 0-9, '.', '_' and '-', beginning with a letter, digit or '_'; to pull, also sha256:DIGEST, or NAMESPACE/NAME for the newest of that name"
+    )]
+    RegistryTag(String),
     /// There is no such tag, or none was named and there are several images, or none.
     #[error("{} has no image {wanted}: {there}", path.display())]
     NoTag {
@@ -186,13 +195,20 @@ pub enum LayoutError {
     #[cfg(feature = "s3")]
     #[error(transparent)]
     Remote(#[from] S3Error),
+    /// The registry refused, or is not there.
+    #[cfg(feature = "s3")]
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
 }
 
 impl LayoutError {
     /// Whether a store has no such thing.
     #[cfg(feature = "s3")]
     pub fn is_missing(&self) -> bool {
-        matches!(self, Self::Remote(S3Error::Missing { .. }))
+        matches!(
+            self,
+            Self::Remote(S3Error::Missing { .. }) | Self::Registry(RegistryError::Missing { .. })
+        )
     }
 
     fn io<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {

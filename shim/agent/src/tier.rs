@@ -7,7 +7,10 @@ use rekindle_core::{
     name::Namespace,
     uri::ImagePlace,
 };
-use rekindle_store::s3::{Bucket, Limits, Tuning};
+use rekindle_store::{
+    registry::{Access, Registry},
+    s3::{Bucket, Limits, Tuning},
+};
 use tokio::runtime::Handle;
 
 use crate::exit::Failure;
@@ -76,9 +79,6 @@ fn open(
     place: &ImagePlace,
     tuning: Tuning,
 ) -> anyhow::Result<Layout> {
-    let ImagePlace::Bucket { bucket, key } = place else {
-        return Err(Failure::Refused(format!("{place} is no bucket")).into());
-    };
     // What a download of a dataset has in flight is what a node can take.
     let limits = Limits {
         concurrency: config.datasets.concurrency,
@@ -86,7 +86,21 @@ fn open(
         tuning,
     };
     let runtime = Handle::current();
-    let opened = runtime.block_on(Bucket::open(&tier.access, bucket, key, limits));
-    let bucket = opened.with_context(|| format!("the tier {:?}", tier.url))?;
-    Ok(Layout::in_bucket(bucket, runtime))
+    let name = || format!("the tier {:?}", tier.url);
+    match place {
+        ImagePlace::Bucket { bucket, key } => {
+            let opened = runtime.block_on(Bucket::open(&tier.access, bucket, key, limits));
+            Ok(Layout::in_bucket(opened.with_context(name)?, runtime))
+        }
+        ImagePlace::Registry(repository) => {
+            let access = Access {
+                endpoint: tier.access.endpoint.clone(),
+                ca_file: tier.access.ca_file.clone(),
+                credentials_file: tier.access.credentials_file.clone(),
+                anonymous: tier.access.anonymous,
+            };
+            let opened = Registry::open(&access, repository, limits);
+            Ok(Layout::in_registry(opened.with_context(name)?, runtime))
+        }
+    }
 }

@@ -39,6 +39,9 @@ pub(super) trait Away: fmt::Debug + Send + Sync {
     /// Begins to fetch a blob, of which nothing is believed but that at most `size` bytes come.
     fn read(&self, kind: Kind, blob: BlobDigest, size: u64) -> Coming;
 
+    /// Whether parts of a blob can be had.
+    fn gives_parts(&self, blob: BlobDigest, size: u64) -> Result<bool, LayoutError>;
+
     /// What gives parts of blobs, by their places in `blobs`.
     fn parts(&self, blobs: Vec<(BlobDigest, u64)>) -> Box<dyn chunks::Remote>;
 

@@ -165,6 +165,10 @@ impl Away for Remote {
         Coming::begin(&self.runtime, parts)
     }
 
+    fn gives_parts(&self, _: BlobDigest, _: u64) -> Result<bool, LayoutError> {
+        Ok(true)
+    }
+
     fn parts(&self, blobs: Vec<(BlobDigest, u64)>) -> Box<dyn chunks::Remote> {
         let blobs = blobs.into_iter().map(|(blob, size)| (blob.path(), size));
         Box::new(Parts {

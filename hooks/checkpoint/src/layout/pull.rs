@@ -118,6 +118,11 @@ impl Layout {
         let [of] = found[..] else {
             let names = tags.iter().filter_map(Descriptor::tag);
             let names: Vec<String> = names.map(str::to_owned).collect();
+            #[cfg(feature = "s3")]
+            let names = match self.away() {
+                Some(away) if names.is_empty() => away.tags()?,
+                _ => names,
+            };
             return Err(LayoutError::NoTag {
                 path: self.path.clone(),
                 wanted: wanted.map_or_else(

@@ -54,7 +54,7 @@ impl Registry {
         }
     }
 
-    /// Puts a small blob there, whose SHA-256 is known.
+    /// Puts a small blob there by one request, whose SHA-256 is known.
     ///
     /// # Errors
     /// What the registry says.
@@ -77,9 +77,9 @@ impl Registry {
         self.ask(&ask).await.map(drop).map_err(lost)
     }
 
-    /// Puts a file of `size` bytes there, whose SHA-256 is known, chunk by chunk; the registry compares it. What a broken
-    /// upload has brought there is not sent again, where the registry has kept it. `sent` is told of bytes that are
-    /// there.
+    /// Puts a file of `size` bytes there, whose SHA-256 is known, chunk by chunk where it is larger than one; the registry
+    /// compares it. What a broken upload has brought there is not sent again, where the registry has kept it. `sent` is
+    /// told of bytes that are there.
     ///
     /// # Errors
     /// What the registry or the file system says.
@@ -89,13 +89,39 @@ impl Registry {
         (size, sha256): (u64, [u8; 32]),
         sent: &(dyn Fn(u64) + Sync),
     ) -> Result<(), RegistryError> {
-        let digest = digest(sha256);
-        let doing = &format!("writing {digest} of {}", self.uri());
         let source = Source {
             file: Arc::new(file),
             path,
             size,
         };
+        if size <= self.limits.part_size {
+            let bytes = source.read(0, size).await?;
+            self.put_blob(sha256, bytes).await?;
+            sent(size);
+        } else {
+            self.put_chunks(&digest(sha256), &source, sent).await?;
+        }
+        // A registry that took it and does not have it is told of here, and not by whoever needs it.
+        let digest = digest(sha256);
+        match self.blob_size(&digest).await? {
+            Some(found) if found == size => Ok(()),
+            found => Err(RegistryError::Answer {
+                doing: format!("writing {digest} of {}", self.uri()),
+                answer: format!(
+                    "{size} bytes were put, and the registry has {}",
+                    found.map_or_else(|| "nothing".to_owned(), |found| found.to_string())
+                ),
+            }),
+        }
+    }
+
+    async fn put_chunks(
+        &self,
+        digest: &str,
+        source: &Source<'_>,
+        sent: &(dyn Fn(u64) + Sync),
+    ) -> Result<(), RegistryError> {
+        let doing = &format!("writing {digest} of {}", self.uri());
         let mut told = 0;
         let mut attempts = self.attempts(doing);
         let mut upload: Option<Upload> = None;
@@ -105,10 +131,10 @@ impl Registry {
                 sent(at.saturating_sub(told));
                 told = told.max(at);
             };
-            let ended = self
-                .advance(&mut upload, doing, &source, &digest, &mut there)
-                .await;
-            let Err(failure) = ended else { break };
+            let ended = self.advance(&mut upload, doing, source, digest, &mut there);
+            let Err(failure) = ended.await else {
+                return Ok(());
+            };
             if told > before {
                 attempts.patience.renew();
             }
@@ -117,17 +143,6 @@ impl Registry {
                 return Err(error);
             }
             self.look(&mut upload, doing).await;
-        }
-        // A registry that took it and does not have it is told of here, and not by whoever needs it.
-        match self.blob_size(&digest).await? {
-            Some(found) if found == size => Ok(()),
-            found => Err(RegistryError::Answer {
-                doing: doing.clone(),
-                answer: format!(
-                    "{size} bytes were put, and the registry has {}",
-                    found.map_or_else(|| "nothing".to_owned(), |found| found.to_string())
-                ),
-            }),
         }
     }
 

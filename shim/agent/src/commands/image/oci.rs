@@ -1,4 +1,4 @@
-//! `rekindle image push` and `pull`: images in an OCI image layout, in a folder or a bucket.
+//! `rekindle image push` and `pull`: images in an OCI image layout, in a folder or a bucket, and in a registry.
 
 use std::{
     fmt,
@@ -22,7 +22,8 @@ use serde_json::json;
 use super::{failure, locate, opened::Room, with_bar};
 use crate::{exit::Failure, keys, output, tier};
 
-/// Where images are pushed to and pulled from: `oci:DIR[:TAG]`, `s3://BUCKET/[PREFIX/][:TAG]`.
+/// Where images are pushed to and pulled from: `oci:DIR[:TAG]`, `s3://BUCKET/[PREFIX/][:TAG]`,
+/// `docker://HOST[:PORT]/REPOSITORY[:TAG|@DIGEST]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
     at: At,
@@ -50,9 +51,12 @@ impl FromStr for Place {
     fn from_str(text: &str) -> Result<Self, String> {
         let refuse = || {
             format!(
-                "{text:?} is no OCI layout: oci:DIR, oci:DIR:TAG, s3://BUCKET/PREFIX/ or s3://BUCKET/PREFIX/:TAG is meant"
+                "{text:?} is no place of images: oci:DIR[:TAG], s3://BUCKET/PREFIX/[:TAG] or docker://HOST/REPOSITORY[:TAG] is meant"
             )
         };
+        if let Some(rest) = text.strip_prefix("docker://") {
+            return in_registry(rest).ok_or_else(refuse)?;
+        }
         let (at, tag) = if text.starts_with("s3://") {
             let (url, tag) = match text.split_once("/:") {
                 Some((url, tag)) => (format!("{url}/"), Some(tag)),
@@ -83,6 +87,34 @@ impl FromStr for Place {
             tag: tag.map(str::to_owned),
         })
     }
+}
+
+/// A repository, and what is behind it: neither a repository's name nor what follows has a colon or an `@`, but for the
+/// one in a digest. None where there is no repository.
+fn in_registry(rest: &str) -> Option<Result<Place, String>> {
+    let (host, path) = rest.split_once('/')?;
+    let (name, tag) = match path.find(['@', ':']) {
+        Some(end) => (&path[..end], Some(&path[end + 1..])),
+        None => (path, None),
+    };
+    let digest = path[name.len()..].starts_with('@');
+    if let Some(tag) = tag {
+        // Behind an @ is a digest, and behind a colon none.
+        if digest != tag.contains(':') {
+            return None;
+        }
+        if let Err(error) = layout::check_registry_reference(tag) {
+            return Some(Err(error.to_string()));
+        }
+    }
+    let place = format!("docker://{host}/{name}").parse();
+    Some(match place {
+        Ok(place) => Ok(Place {
+            at: At::Away(place),
+            tag: tag.map(str::to_owned),
+        }),
+        Err(error) => Err(PlaceError::to_string(&error)),
+    })
 }
 
 impl At {
@@ -116,8 +148,9 @@ pub(super) struct PushArgs {
     /// The image: [NAMESPACE/]NAME[@GENERATION].
     image: ImageRef,
     /// The layout, which is made where there is none, and the tag: a folder, oci:DIR[:TAG] [default:
-    /// NAMESPACE/NAME@GENERATION], or a bucket that [[images.tier]] names, s3://BUCKET/PREFIX/[:TAG] [default:
-    /// NAMESPACE/NAME@CREATED-DIGEST].
+    /// NAMESPACE/NAME@GENERATION]; or what [[images.tier]] names: a bucket, s3://BUCKET/PREFIX/[:TAG] [default:
+    /// NAMESPACE/NAME@CREATED-DIGEST], or a repository, docker://HOST[:PORT]/REPOSITORY[:TAG] [default:
+    /// NAMESPACE.NAME.CREATED-DIGEST].
     #[arg(value_name = "PLACE")]
     place: Place,
     /// Look in this namespace.
@@ -130,8 +163,9 @@ pub(super) struct PushArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct PullArgs {
-    /// The layout, and the tag [default: that of the only image in it]: oci:DIR[:TAG], or s3://BUCKET/PREFIX/[:TAG]
-    /// where [[images.tier]] names it, and there the tag NAMESPACE/NAME means the newest image of that name.
+    /// The layout, and the tag [default: that of the only image in it]: oci:DIR[:TAG]; or, where [[images.tier]] names
+    /// it, s3://BUCKET/PREFIX/[:TAG] or docker://HOST[:PORT]/REPOSITORY[:TAG|@DIGEST], and there the tag NAMESPACE/NAME
+    /// means the newest image of that name.
     #[arg(value_name = "PLACE")]
     place: Place,
     /// Call it [NAMESPACE/]NAME; its generation is the next one [default: as it was called].
@@ -145,7 +179,7 @@ pub(super) struct PullArgs {
     json: bool,
 }
 
-/// What a bucket has, for the namespaces that it is a tier of.
+/// What a bucket or a repository has, for the namespaces that it is a tier of.
 pub(super) fn ls(
     config: &NodeConfig,
     place: &Place,
@@ -153,7 +187,7 @@ pub(super) fn ls(
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     let At::Away(uri) = &place.at else {
-        let reason = "only a bucket is listed: index.json of a layout in a folder has its tags";
+        let reason = "only a bucket or a registry is listed: index.json of a layout in a folder has its tags";
         return Err(Failure::Refused(reason.to_owned()).into());
     };
     let layout = tier::at(config, uri, namespace)?;
@@ -330,6 +364,17 @@ mod tests {
         assert_eq!(place("s3://images/"), Ok(plain));
         let tagged = is(bucket("s3://images/a/b/"), Some("team-a/warm"));
         assert_eq!(place("s3://images/a/b/:team-a/warm"), Ok(tagged));
+        let repository = || bucket("docker://r.example:5000/team/a");
+        let digest = format!("sha256:{}", "0".repeat(64));
+        for (behind, tag) in [
+            (String::new(), None),
+            (":latest".to_owned(), Some("latest")),
+            (":team-a/warm".to_owned(), Some("team-a/warm")),
+            (format!("@{digest}"), Some(digest.as_str())),
+        ] {
+            let text = format!("docker://r.example:5000/team/a{behind}");
+            assert_eq!(place(&text), Ok(is(repository(), tag)), "{text}");
+        }
         for bad in [
             "",
             "/srv/x",
@@ -338,6 +383,15 @@ mod tests {
             "oci:x:",
             "oci:x:a:b",
             "docker://x",
+            "docker://x/",
+            "docker://x/a:",
+            "docker://x/a@",
+            "docker://x/a@latest",
+            "docker://x/a:b:c",
+            "docker://x/a:b@sha256:00",
+            "docker://x/a/:b",
+            "docker://x/A",
+            "docker://u:p@x/a",
             "s3://images",
             "s3://images/a",
             "s3://images/a:tag",
