@@ -1,5 +1,5 @@
-//! Images in an OCI image layout: a folder in which they travel from node to node, and to registries by tools that copy
-//! layouts, or the same below a prefix of a bucket.
+//! Images in an OCI image layout: a folder in which they travel from node to node, the same below a prefix of a bucket, or
+//! a repository of a registry.
 //!
 //! ```text
 //!  oci-layout               {"imageLayoutVersion": "1.0.0"}
@@ -26,7 +26,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "s3")]
-use rekindle_store::s3::S3Error;
+use rekindle_store::{registry::RegistryError, s3::S3Error};
 
 use crate::{
     image::ImageError,
@@ -34,16 +34,24 @@ use crate::{
 };
 
 #[cfg(feature = "s3")]
+mod away;
+#[cfg(feature = "s3")]
 mod begin;
 mod blobs;
 #[cfg(feature = "s3")]
 mod bucket;
 mod pull;
 mod push;
+#[cfg(feature = "s3")]
+mod registry;
 
+#[cfg(feature = "s3")]
+pub use away::Told;
 pub use blobs::{BlobDigest, BlobFault};
 pub use pull::{Found, Proof, Pulled};
 pub use push::Pushed;
+#[cfg(feature = "s3")]
+pub use registry::check_registry_reference;
 
 /// What an image is to those who do not know it.
 pub const ARTIFACT: &str = "application/vnd.rekindle.checkpoint.v2";
@@ -101,6 +109,11 @@ pub enum LayoutError {
         "{0:?} is no tag: 1 to 255 of a-z, A-Z, 0-9, '.', '_', '-', '+', '@' and '/', beginning with a letter or digit"
     )]
     Tag(String),
+    /// Not a tag of a registry.
+    #[error(
+        "{0:?} is no tag of a registry: 1 to 128 of a-z, A-Z, 0-9, '.', '_' and '-', beginning with a letter, digit or '_'; to pull, also sha256:DIGEST, or NAMESPACE/NAME for the newest of that name"
+    )]
+    RegistryTag(String),
     /// There is no such tag, or none was named and there are several images, or none.
     #[error("{} has no image {wanted}: {there}", path.display())]
     NoTag {
@@ -182,9 +195,22 @@ pub enum LayoutError {
     #[cfg(feature = "s3")]
     #[error(transparent)]
     Remote(#[from] S3Error),
+    /// The registry refused, or is not there.
+    #[cfg(feature = "s3")]
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
 }
 
 impl LayoutError {
+    /// Whether a store has no such thing.
+    #[cfg(feature = "s3")]
+    pub fn is_missing(&self) -> bool {
+        matches!(
+            self,
+            Self::Remote(S3Error::Missing { .. }) | Self::Registry(RegistryError::Missing { .. })
+        )
+    }
+
     fn io<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
         move |source| Self::Store(StoreError::io(doing, path)(source))
     }
@@ -203,7 +229,7 @@ pub struct Layout {
 enum Place {
     Folder(File),
     #[cfg(feature = "s3")]
-    Bucket(bucket::Remote),
+    Away(Box<dyn away::Away>),
 }
 
 /// OCI's content descriptor.
@@ -294,11 +320,8 @@ impl Layout {
     /// Its tags, as `index.json` lists them.
     fn tags(&self) -> Result<Vec<Descriptor>, LayoutError> {
         #[cfg(feature = "s3")]
-        if let Place::Bucket(remote) = &self.place {
-            return Ok(match remote.small(INDEX_JSON, MAX_INDEX_JSON)? {
-                Some(found) => self.json::<OciIndex>(INDEX_JSON, &found.bytes)?.manifests,
-                None => Vec::new(),
-            });
+        if let Some(away) = self.away() {
+            return away.index(self);
         }
         let file = self.file(INDEX_JSON);
         let file = file.map_err(LayoutError::io("open", &self.path.join(INDEX_JSON)))?;
@@ -311,7 +334,7 @@ impl Layout {
         let dir = match &self.place {
             Place::Folder(dir) => dir,
             #[cfg(feature = "s3")]
-            Place::Bucket(_) => return Err(io::ErrorKind::Unsupported.into()),
+            Place::Away(_) => return Err(io::ErrorKind::Unsupported.into()),
         };
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let resolve =
@@ -353,7 +376,7 @@ impl Layout {
         if of.media_type != MANIFEST {
             return Err(foreign("media type", &of.media_type));
         }
-        let bytes = self.small_blob(tag, of, MAX_OCI_MANIFEST)?;
+        let bytes = self.manifest_blob(tag, of, MAX_OCI_MANIFEST)?;
         let digest: BlobDigest = of.digest.parse()?;
         let found: OciManifest = self.json(&digest.path(), &bytes)?;
         if found.artifact_type != ARTIFACT {
@@ -373,6 +396,15 @@ fn media_type(file: &str) -> &'static str {
         INDEX_FILE => CHUNKS,
         _ if file.contains('/') => CRIU,
         _ => PACK,
+    }
+}
+
+/// As many tags as a person reads.
+fn some_of(tags: &[impl AsRef<str>]) -> String {
+    let first: Vec<&str> = tags.iter().take(10).map(AsRef::as_ref).collect();
+    match first.is_empty() {
+        true => "it has no tags".to_owned(),
+        false => format!("it has {}", manifest::shorten(&first.join(", "))),
     }
 }
 

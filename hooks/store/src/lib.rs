@@ -1,14 +1,16 @@
 //! What datasets and checkpoint images share: they become visible by [rename](publish), are written by
 //! one process at a time ([`Lock`]), prove themselves by [checksum](crc), and check for [room](space) first.
 //!
-//! No network and no runtime: every call here blocks. Callers on a runtime use `spawn_blocking`. Only the client of
-//! [object stores](s3), behind the feature `s3`, is asynchronous.
+//! No network and no runtime: every call here blocks. Callers on a runtime use `spawn_blocking`. Only the clients of
+//! [object stores](s3), behind the feature `s3`, and that of [registries](registry), behind `registry`, are asynchronous.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
 pub mod crc;
 mod lock;
 mod publish;
+#[cfg(feature = "registry")]
+pub mod registry;
 #[cfg(feature = "s3")]
 pub mod s3;
 pub mod space;

@@ -15,6 +15,8 @@ mod client;
 mod tuning;
 
 pub use bucket::{Bucket, Condition, Limits, Small};
+#[cfg(feature = "registry")]
+pub(crate) use client::authorities;
 pub use client::client;
 pub use tuning::{Patience, Tuning};
 
@@ -158,7 +160,7 @@ where
 }
 
 /// No credentials, or a certificate that nobody here trusts: the same at every attempt.
-fn hopeless(error: &(dyn Error + 'static)) -> bool {
+pub(crate) fn hopeless(error: &(dyn Error + 'static)) -> bool {
     use rustls::Error::InvalidCertificate;
     if matches!(error.downcast_ref(), Some(InvalidCertificate(_)))
         || error.is::<aws_credential_types::provider::error::CredentialsError>()

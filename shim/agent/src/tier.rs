@@ -1,30 +1,27 @@
-//! Object stores that have copies of images, as `[[images.tier]]` names them.
+//! Where images have copies, as `[[images.tier]]` names it.
 
 use anyhow::Context as _;
 use rekindle_checkpoint::{SealedImage, image::Source, layout::Layout};
 use rekindle_core::{
     config::{NodeConfig, Tier},
     name::Namespace,
-    uri::DatasetUri,
+    uri::ImagePlace,
 };
-use rekindle_store::s3::{Bucket, Limits, Tuning};
+use rekindle_store::{
+    registry::{Access, Registry},
+    s3::{Bucket, Limits, Tuning},
+};
 use tokio::runtime::Handle;
 
 use crate::exit::Failure;
 
-/// The layout in a bucket, as a tier that it lies in says; for images of `namespace`, where that is known. Blocks.
+/// The layout at a place, as a tier that it lies in says; for images of `namespace`, where that is known. Blocks.
 pub(crate) fn at(
     config: &NodeConfig,
-    place: &DatasetUri,
+    place: &ImagePlace,
     namespace: Option<&Namespace>,
 ) -> anyhow::Result<Layout> {
-    let found = match namespace {
-        Some(namespace) => config.tier_at(place, namespace),
-        None => {
-            let mut all = config.images.tiers.iter();
-            all.find(|tier| place.to_string().starts_with(&tier.url))
-        }
-    };
+    let found = config.tier_at(place, namespace);
     let tier = found.ok_or_else(|| refused(place, namespace))?;
     open(config, tier, place, Tuning::default())
 }
@@ -54,19 +51,19 @@ pub(crate) fn rest_of(config: &NodeConfig, image: &SealedImage) -> anyhow::Resul
     }))
 }
 
-/// Refuses a bucket that is no tier of a namespace.
+/// Refuses a place that is no tier of a namespace.
 pub(crate) fn admit(
     config: &NodeConfig,
-    place: &DatasetUri,
+    place: &ImagePlace,
     namespace: &Namespace,
 ) -> anyhow::Result<()> {
-    match config.tier_at(place, namespace) {
+    match config.tier_at(place, Some(namespace)) {
         Some(_) => Ok(()),
         None => Err(refused(place, Some(namespace)).into()),
     }
 }
 
-fn refused(place: &DatasetUri, namespace: Option<&Namespace>) -> Failure {
+fn refused(place: &ImagePlace, namespace: Option<&Namespace>) -> Failure {
     let whose = namespace.map_or_else(String::new, |namespace| {
         format!(" for namespace {namespace}")
     });
@@ -79,12 +76,9 @@ fn refused(place: &DatasetUri, namespace: Option<&Namespace>) -> Failure {
 fn open(
     config: &NodeConfig,
     tier: &Tier,
-    place: &DatasetUri,
+    place: &ImagePlace,
     tuning: Tuning,
 ) -> anyhow::Result<Layout> {
-    let DatasetUri::S3 { bucket, key } = place else {
-        return Err(Failure::Refused(format!("{place} is no bucket")).into());
-    };
     // What a download of a dataset has in flight is what a node can take.
     let limits = Limits {
         concurrency: config.datasets.concurrency,
@@ -92,7 +86,21 @@ fn open(
         tuning,
     };
     let runtime = Handle::current();
-    let opened = runtime.block_on(Bucket::open(&tier.access, bucket, key, limits));
-    let bucket = opened.with_context(|| format!("the tier {:?}", tier.url))?;
-    Ok(Layout::in_bucket(bucket, runtime))
+    let name = || format!("the tier {:?}", tier.url);
+    match place {
+        ImagePlace::Bucket { bucket, key } => {
+            let opened = runtime.block_on(Bucket::open(&tier.access, bucket, key, limits));
+            Ok(Layout::in_bucket(opened.with_context(name)?, runtime))
+        }
+        ImagePlace::Registry(repository) => {
+            let access = Access {
+                endpoint: tier.access.endpoint.clone(),
+                ca_file: tier.access.ca_file.clone(),
+                credentials_file: tier.access.credentials_file.clone(),
+                anonymous: tier.access.anonymous,
+            };
+            let opened = Registry::open(&access, repository, limits);
+            Ok(Layout::in_registry(opened.with_context(name)?, runtime))
+        }
+    }
 }

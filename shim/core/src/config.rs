@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     name::{ImageName, Namespace},
     paths,
-    uri::DatasetUri,
+    uri::{DatasetUri, ImagePlace},
 };
 
 mod access;
@@ -194,7 +194,7 @@ pub struct Images {
     pub keys: Vec<ImageKey>,
     /// Which may go when room is needed.
     pub retention: Retention,
-    /// Object stores that have copies of images.
+    /// Where images have copies.
     pub tiers: Vec<Tier>,
 }
 
@@ -497,18 +497,17 @@ impl NodeConfig {
         }
     }
 
-    /// The object store in which images of `namespace` have copies, if there is one.
+    /// Where images of `namespace` have copies, if there is such a place.
     pub fn tier_for(&self, namespace: &Namespace) -> Option<&Tier> {
         let mut all = self.images.tiers.iter();
         all.find(|tier| names(&tier.namespaces, namespace))
     }
 
-    /// The object store that `place` lies in and that may have images of `namespace`, if there is one.
-    pub fn tier_at(&self, place: &DatasetUri, namespace: &Namespace) -> Option<&Tier> {
+    /// The tier that `place` lies in; for images of `namespace`, where that is known.
+    pub fn tier_at(&self, place: &ImagePlace, namespace: Option<&Namespace>) -> Option<&Tier> {
         let mut all = self.images.tiers.iter();
-        // The prefix ends with a slash: `s3://a/x/` never begins `s3://a/x-private/`.
         all.find(|tier| {
-            place.to_string().starts_with(&tier.url) && names(&tier.namespaces, namespace)
+            tier.has(place) && namespace.is_none_or(|namespace| names(&tier.namespaces, namespace))
         })
     }
 

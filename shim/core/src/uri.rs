@@ -1,6 +1,10 @@
-//! Where a dataset comes from.
+//! Where a dataset comes from, and where copies of images are.
 
 use std::{fmt, str::FromStr};
+
+mod place;
+
+pub use place::{ImagePlace, PlaceError, Repository};
 
 /// A dataset's source. Parsing it is total: what parses is safe to list, to log and to compare.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

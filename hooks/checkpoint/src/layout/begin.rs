@@ -1,11 +1,11 @@
-//! An image out of a bucket, to be restored before all of it is here.
+//! An image out of a place over a network, to be restored before all of it is here.
 
 use std::{path::Path, sync::atomic::AtomicU64};
 
 use rekindle_core::name::{ImageName, Namespace};
 use rekindle_store::space;
 
-use super::{BlobDigest, Found, Layout, LayoutError, Place, bucket::Packs};
+use super::{BlobDigest, Found, Layout, LayoutError, PACK, media_type};
 use crate::{
     chunks::{Key, Remote},
     image::{ImageStore, Origin, SealedImage, Source},
@@ -22,12 +22,10 @@ impl Layout {
         manifest: &Manifest,
         origin: &Origin,
     ) -> Result<Box<dyn Remote>, LayoutError> {
-        let Place::Bucket(remote) = &self.place else {
-            return Err(LayoutError::NotALayout {
-                path: self.path.clone(),
-                reason: "an image comes bit by bit from a bucket only".to_owned(),
-            });
-        };
+        let away = self.away().ok_or_else(|| LayoutError::NotALayout {
+            path: self.path.clone(),
+            reason: "an image comes bit by bit from a bucket or a registry only".to_owned(),
+        })?;
         let mut blobs = Vec::new();
         for pack in &manifest.packs {
             let file = pack.id.file();
@@ -40,21 +38,36 @@ impl Layout {
                     what: "is not listed",
                 })?;
             let digest: BlobDigest = digest.parse()?;
-            blobs.push((digest.path(), pack.size));
+            blobs.push((digest, pack.size));
         }
-        Ok(Box::new(Packs::new(remote, blobs)))
+        Ok(away.parts(blobs))
     }
 
     /// How many requests for packs may be on their way at once.
     pub fn requests(&self) -> usize {
-        match &self.place {
-            Place::Bucket(remote) => remote.requests(),
-            Place::Folder(_) => 1,
-        }
+        self.away().map_or(1, |away| away.requests())
     }
 }
 
 impl Found<'_> {
+    /// Whether it can be begun: a folder's cannot, nor can that of a registry which gives whole blobs only.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn comes_in_parts(&self) -> Result<bool, LayoutError> {
+        let Some(away) = self.layout.away() else {
+            return Ok(false);
+        };
+        let packs = self
+            .files
+            .iter()
+            .filter(|(file, _)| media_type(file) == PACK);
+        match packs.map(|(_, of)| of).max_by_key(|of| of.size) {
+            Some(of) => away.gives_parts(of.digest.parse()?, of.size),
+            None => Ok(true),
+        }
+    }
+
     /// Takes it into the store as the next generation of its name, as soon as there is what a restore with a pager
     /// needs to begin; [`SealedImage::complete`] brings the rest. `key` and `into` as with [`Found::pull`]; `tier` is
     /// what the configuration calls this place. `done` grows by the bytes of its small files.

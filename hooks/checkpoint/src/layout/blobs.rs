@@ -13,11 +13,7 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 #[cfg(feature = "s3")]
-use {
-    super::{Place, bucket::Remote},
-    rekindle_store::s3::S3Error,
-};
-
+use super::away::{Away, Kind};
 use super::{BLOBS, Descriptor, Layout, LayoutError};
 use crate::manifest::shorten;
 
@@ -93,7 +89,7 @@ pub enum BlobFault {
 }
 
 impl Layout {
-    /// Opens the blob of a descriptor. Of a folder's it is known then that it has the right size; of a bucket's it is
+    /// Opens the blob of a descriptor. Of a folder's it is known then that it has the right size; of another's it is
     /// found out when it comes.
     pub(super) fn blob(&self, file: &str, of: &Descriptor) -> Result<Blob<'_>, LayoutError> {
         let digest: BlobDigest = of.digest.parse()?;
@@ -104,8 +100,8 @@ impl Layout {
             size: of.size,
         };
         #[cfg(feature = "s3")]
-        if let Place::Bucket(remote) = &self.place {
-            return Ok(blob(Origin::Bucket(remote)));
+        if let Some(away) = self.away() {
+            return Ok(blob(Origin::Away(away, Kind::Blob)));
         }
         let fault = |fault| LayoutError::Blob {
             file: shorten(file),
@@ -133,13 +129,26 @@ impl Layout {
         of: &Descriptor,
         max: u64,
     ) -> Result<Vec<u8>, LayoutError> {
-        let blob = self.blob(file, of)?;
-        if blob.size > max {
-            return Err(blob.fault(BlobFault::TooLarge(max)));
+        self.blob(file, of)?.bounded(&self.path, max)
+    }
+
+    /// All bytes of an OCI manifest, which a registry keeps beside its blobs.
+    pub(super) fn manifest_blob(
+        &self,
+        tag: &str,
+        of: &Descriptor,
+        max: u64,
+    ) -> Result<Vec<u8>, LayoutError> {
+        #[cfg_attr(
+            not(feature = "s3"),
+            expect(unused_mut, reason = "only away it differs")
+        )]
+        let mut blob = self.blob(tag, of)?;
+        #[cfg(feature = "s3")]
+        if let Origin::Away(_, kind) = &mut blob.from {
+            *kind = Kind::Manifest;
         }
-        let mut bytes = Vec::new();
-        blob.copy(&mut bytes, &self.path, &AtomicU64::new(0))?;
-        Ok(bytes)
+        blob.bounded(&self.path, max)
     }
 }
 
@@ -147,7 +156,7 @@ impl Layout {
 enum Origin<'a> {
     File(File, PhantomData<&'a ()>),
     #[cfg(feature = "s3")]
-    Bucket(&'a Remote),
+    Away(&'a dyn Away, Kind),
 }
 
 /// A blob that was opened, and not yet read.
@@ -165,6 +174,16 @@ impl Blob<'_> {
             digest: self.digest,
             fault,
         }
+    }
+
+    /// All of it, where it is small enough.
+    fn bounded(self, path: &Path, max: u64) -> Result<Vec<u8>, LayoutError> {
+        if self.size > max {
+            return Err(self.fault(BlobFault::TooLarge(max)));
+        }
+        let mut bytes = Vec::new();
+        self.copy(&mut bytes, path, &AtomicU64::new(0))?;
+        Ok(bytes)
     }
 
     /// Whether these bytes are it.
@@ -190,13 +209,13 @@ impl Blob<'_> {
         let (digest, size) = match &self.from {
             Origin::File(opened, _) => copy(opened, into, self.size, from, path, done)?,
             #[cfg(feature = "s3")]
-            Origin::Bucket(remote) => {
-                let mut coming = remote.read(&self.digest.path(), self.size);
+            Origin::Away(away, kind) => {
+                let mut coming = away.read(*kind, self.digest, self.size);
                 let copied = copy(&mut coming, into, self.size, from, path, done);
                 // What the store said is more than that reading failed.
                 match coming.failed() {
-                    Some(S3Error::Missing { .. }) => return Err(self.fault(BlobFault::Absent)),
-                    Some(error) => return Err(error.into()),
+                    Some(error) if error.is_missing() => return Err(self.fault(BlobFault::Absent)),
+                    Some(error) => return Err(error),
                     None => copied?,
                 }
             }

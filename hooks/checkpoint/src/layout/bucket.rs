@@ -12,46 +12,43 @@
 //! image's tag therefore ends with when it was made and with the beginning of its manifest's digest.
 
 use std::{
-    io::{self, Read},
     ops::Range,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
-use bytes::{Buf as _, Bytes};
-use futures::StreamExt as _;
+use bytes::Bytes;
 use rekindle_core::name::{ImageName, Namespace};
 use rekindle_store::{
     StoreError,
     s3::{Bucket, Condition, S3Error, Small},
 };
 use serde_json::{Value, json};
-use tokio::{runtime::Handle, sync::mpsc, task::JoinHandle};
+use tokio::runtime::Handle;
 
 use super::{
     BlobDigest, Descriptor, INDEX, INDEX_JSON, LAYOUT_FILE, Layout, LayoutError, MAX_INDEX_JSON,
-    Place,
+    OciIndex, Place,
+    away::{Away, Coming, Kind, MAX_TAGS, Told},
+    check_tag,
 };
 use crate::{
     chunks::{self, RemoteError},
     image::SealedImage,
-    manifest::shorten,
 };
 
 const TAGS: &str = "tags/";
 /// Most bytes of a tag: ours has 400.
 const MAX_TAG_BYTES: u64 = 64 << 10;
-/// Most tags that are looked through.
-const MAX_TAGS: usize = 100_000;
 /// How often `index.json` is written anew because another one has changed it meanwhile.
 const ROUNDS: usize = 10;
 
 /// A bucket, for callers that block.
 #[derive(Debug)]
-pub(super) struct Remote {
+struct Remote {
     bucket: Arc<Bucket>,
     runtime: Handle,
 }
@@ -62,79 +59,12 @@ impl Layout {
     pub fn in_bucket(bucket: Bucket, runtime: Handle) -> Self {
         Self {
             path: PathBuf::from(bucket.uri("")),
-            place: Place::Bucket(Remote {
+            place: Place::Away(Box::new(Remote {
                 bucket: Arc::new(bucket),
                 runtime,
-            }),
+            })),
         }
     }
-
-    /// Whether the bucket has all of an image, under the tag that it has unless it was told another one.
-    ///
-    /// # Errors
-    /// What the store says. A tag that is damaged is none.
-    pub fn holds(&self, image: &SealedImage) -> Result<bool, LayoutError> {
-        let Place::Bucket(remote) = &self.place else {
-            return Ok(false);
-        };
-        let tag = tag_of(image);
-        let Some(of) = remote.tag(self, &tag)? else {
-            return Ok(false);
-        };
-        let Ok(oci) = self.manifest(&tag, &of) else {
-            return Ok(false);
-        };
-        for layer in oci.layers.iter().chain([&oci.config]) {
-            let Ok(digest) = layer.digest.parse::<BlobDigest>() else {
-                return Ok(false);
-            };
-            if remote.size(&digest.path())? != Some(layer.size) {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// The tags of a bucket, in their order; of a folder none, whose `index.json` has them.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub fn bucket_tags(&self) -> Result<Vec<String>, LayoutError> {
-        let Place::Bucket(remote) = &self.place else {
-            return Ok(Vec::new());
-        };
-        let keys = remote.wait(remote.bucket.list(TAGS, MAX_TAGS))?;
-        let tags = keys.iter().filter_map(|key| key.strip_prefix(TAGS));
-        Ok(tags.map(str::to_owned).collect())
-    }
-
-    /// The tag of the newest image `namespace/name`, if there is one.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub fn newest(
-        &self,
-        namespace: &Namespace,
-        name: &ImageName,
-    ) -> Result<Option<String>, LayoutError> {
-        match &self.place {
-            Place::Bucket(remote) => remote.newest(&format!("{namespace}/{name}")),
-            Place::Folder(_) => Ok(None),
-        }
-    }
-}
-
-/// What an image's tag is, unless it is told another one.
-pub(super) fn tag_of(image: &SealedImage) -> String {
-    let manifest = image.manifest();
-    let digest = BlobDigest::of(image.manifest_bytes()).hex();
-    format!(
-        "{}/{}@{}-{}",
-        manifest.namespace,
-        manifest.name,
-        manifest.created,
-        &digest[..12]
-    )
 }
 
 impl Remote {
@@ -142,77 +72,26 @@ impl Remote {
         self.runtime.block_on(doing)
     }
 
-    pub(super) fn size(&self, key: &str) -> Result<Option<u64>, S3Error> {
-        self.wait(self.bucket.size(key))
-    }
-
-    pub(super) fn small(&self, key: &str, max: u64) -> Result<Option<Small>, S3Error> {
+    fn small(&self, key: &str, max: u64) -> Result<Option<Small>, S3Error> {
         self.wait(self.bucket.small(key, max))
     }
 
-    /// How many requests for parts of an object may be on their way at once.
-    pub(super) fn requests(&self) -> usize {
-        self.bucket.concurrency()
-    }
-
-    /// Begins to fetch an object.
-    pub(super) fn read(&self, key: &str, size: u64) -> Coming {
-        let (sender, pieces) = mpsc::channel(1);
-        let mut parts = Box::pin(Arc::clone(&self.bucket).read(key.to_owned(), size));
-        let fetching = self.runtime.spawn(async move {
-            while let Some(part) = parts.next().await {
-                // Nobody wants it any more.
-                if sender.send(part).await.is_err() {
-                    return;
-                }
-            }
-        });
-        Coming {
-            pieces,
-            rest: Bytes::new(),
-            failed: None,
-            fetching,
-        }
-    }
-
-    /// Makes sure that the prefix is a layout to other tools.
-    pub(super) fn mark(&self) -> Result<(), S3Error> {
-        if self.size(LAYOUT_FILE)?.is_none() {
-            let version = Bytes::from_static(br#"{"imageLayoutVersion": "1.0.0"}"#);
-            self.wait(self.bucket.put(LAYOUT_FILE, version, &Condition::Always))?;
-        }
-        Ok(())
-    }
-
-    pub(super) fn put(&self, key: &str, bytes: &[u8]) -> Result<(), S3Error> {
+    fn write(&self, key: &str, bytes: &[u8]) -> Result<(), S3Error> {
         let bytes = Bytes::copy_from_slice(bytes);
         self.wait(self.bucket.put(key, bytes, &Condition::Always))
             .map(drop)
     }
 
-    pub(super) fn put_file(
-        &self,
-        path: &std::path::Path,
-        (digest, size): (BlobDigest, u64),
-        done: &AtomicU64,
-    ) -> Result<(), LayoutError> {
-        let file = crate::image::open_regular(path).map_err(StoreError::io("read", path))?;
-        let sent = |bytes| {
-            done.fetch_add(bytes, Ordering::Relaxed);
-        };
-        let key = digest.path();
-        let what = (size, digest.bytes());
-        self.wait(self.bucket.put_file(&key, (file, path), what, &sent))?;
-        Ok(())
+    /// The tags that begin so.
+    fn tags_from(&self, start: &str) -> Result<Vec<String>, LayoutError> {
+        let keys = self.wait(self.bucket.list(&format!("{TAGS}{start}"), MAX_TAGS))?;
+        let tags = keys.iter().filter_map(|key| key.strip_prefix(TAGS));
+        Ok(tags.map(str::to_owned).collect())
     }
 
     /// Sets a tag: first in `index.json`, for other tools, and then where it is believed.
-    pub(super) fn set_tag(
-        &self,
-        layout: &Layout,
-        tag: &str,
-        of: &Descriptor,
-    ) -> Result<(), LayoutError> {
+    fn set_tag(&self, layout: &Layout, of: &Descriptor) -> Result<(), LayoutError> {
+        let tag = of.tag().unwrap_or_default();
         let descriptor = serde_json::to_value(of).map_err(|e| layout.unwritable(&e))?;
         for _ in 0..ROUNDS {
             let found = self.small(INDEX_JSON, MAX_INDEX_JSON)?;
@@ -233,11 +112,106 @@ impl Remote {
                 break;
             }
         }
-        self.put(&format!("{TAGS}{tag}"), descriptor.to_string().as_bytes())?;
+        self.write(&format!("{TAGS}{tag}"), descriptor.to_string().as_bytes())?;
+        Ok(())
+    }
+}
+
+impl Away for Remote {
+    /// `NAMESPACE/NAME@CREATED-DIGEST`.
+    fn tag_of(&self, image: &SealedImage) -> String {
+        let manifest = image.manifest();
+        let digest = BlobDigest::of(image.manifest_bytes()).hex();
+        format!(
+            "{}/{}@{}-{}",
+            manifest.namespace,
+            manifest.name,
+            manifest.created,
+            &digest[..12]
+        )
+    }
+
+    fn told(&self, tag: &str) -> Option<Told> {
+        let (namespace, rest) = tag.split_once('/')?;
+        let image = || {
+            let (name, rest) = rest.split_once('@')?;
+            let (created, _) = rest.split_once('-')?;
+            Some((name.parse().ok()?, created.parse().ok()?))
+        };
+        Some(Told {
+            namespace: namespace.parse().ok()?,
+            image: image(),
+        })
+    }
+
+    fn check_tag(&self, tag: &str) -> Result<(), LayoutError> {
+        check_tag(tag)
+    }
+
+    /// Makes sure that the prefix is a layout to other tools.
+    fn prepare(&self) -> Result<(), LayoutError> {
+        if self.wait(self.bucket.size(LAYOUT_FILE))?.is_none() {
+            self.write(LAYOUT_FILE, br#"{"imageLayoutVersion": "1.0.0"}"#)?;
+        }
         Ok(())
     }
 
-    /// What a tag names; none where there is no such tag.
+    fn size(&self, blob: BlobDigest) -> Result<Option<u64>, LayoutError> {
+        Ok(self.wait(self.bucket.size(&blob.path()))?)
+    }
+
+    fn read(&self, _: Kind, blob: BlobDigest, size: u64) -> Coming {
+        let parts = Arc::clone(&self.bucket).read(blob.path(), size);
+        Coming::begin(&self.runtime, parts)
+    }
+
+    fn gives_parts(&self, _: BlobDigest, _: u64) -> Result<bool, LayoutError> {
+        Ok(true)
+    }
+
+    fn parts(&self, blobs: Vec<(BlobDigest, u64)>) -> Box<dyn chunks::Remote> {
+        let blobs = blobs.into_iter().map(|(blob, size)| (blob.path(), size));
+        Box::new(Parts {
+            bucket: Arc::clone(&self.bucket),
+            runtime: self.runtime.clone(),
+            blobs: blobs.collect(),
+        })
+    }
+
+    fn requests(&self) -> usize {
+        self.bucket.concurrency()
+    }
+
+    fn put(&self, blob: BlobDigest, bytes: &[u8]) -> Result<(), LayoutError> {
+        Ok(self.write(&blob.path(), bytes)?)
+    }
+
+    fn put_file(
+        &self,
+        path: &Path,
+        (digest, size): (BlobDigest, u64),
+        done: &AtomicU64,
+    ) -> Result<(), LayoutError> {
+        let file = crate::image::open_regular(path).map_err(StoreError::io("read", path))?;
+        let sent = |bytes| {
+            done.fetch_add(bytes, Ordering::Relaxed);
+        };
+        let key = digest.path();
+        let what = (size, digest.bytes());
+        self.wait(self.bucket.put_file(&key, (file, path), what, &sent))?;
+        Ok(())
+    }
+
+    fn publish(&self, layout: &Layout, of: &Descriptor, text: &[u8]) -> Result<bool, LayoutError> {
+        let digest = of.digest.parse()?;
+        let new = self.size(digest)? != Some(of.size);
+        if new {
+            self.put(digest, text)?;
+        }
+        self.set_tag(layout, of)?;
+        Ok(new)
+    }
+
     fn tag(&self, layout: &Layout, tag: &str) -> Result<Option<Descriptor>, LayoutError> {
         let key = format!("{TAGS}{tag}");
         match self.small(&key, MAX_TAG_BYTES)? {
@@ -246,75 +220,41 @@ impl Remote {
         }
     }
 
-    /// The tag of the newest image of a name: `<name>@<when>-<digest>`.
-    fn newest(&self, name: &str) -> Result<Option<String>, LayoutError> {
-        let start = format!("{TAGS}{name}@");
-        let keys = self.wait(self.bucket.list(&start, MAX_TAGS))?;
-        let when = |key: &&String| {
-            let (when, _) = key.strip_prefix(&start)?.split_once('-')?;
-            when.parse::<u64>().ok()
-        };
-        let dated = keys.iter().filter(|key| when(key).is_some());
-        // Of two that were made in one second the same one for all who ask.
-        let newest = dated.max_by_key(|key| (when(key), (*key).clone()));
-        Ok(newest
-            .and_then(|key| key.strip_prefix(TAGS))
-            .map(str::to_owned))
+    fn tags(&self) -> Result<Vec<String>, LayoutError> {
+        self.tags_from("")
     }
 
-    /// The tag that is meant, and what it names: itself, the newest image of that name, or the only one that there is.
-    /// None where it has to be looked for in `index.json`.
-    pub(super) fn choose(
-        &self,
-        layout: &Layout,
-        wanted: Option<&str>,
-    ) -> Result<Option<(String, Descriptor)>, LayoutError> {
-        let tag = match wanted {
-            Some(wanted) => match self.tag(layout, wanted)? {
-                Some(of) => return Ok(Some((wanted.to_owned(), of))),
-                None => self.newest(wanted)?,
-            },
-            None => {
-                let mut tags = self.wait(self.bucket.list(TAGS, MAX_TAGS))?;
-                if tags.len() > 1 {
-                    let first = tags.iter().take(10);
-                    let names: Vec<&str> = first.filter_map(|key| key.strip_prefix(TAGS)).collect();
-                    return Err(LayoutError::NoTag {
-                        path: layout.path.clone(),
-                        wanted: "that could be meant without a tag".to_owned(),
-                        there: format!("it has {}", shorten(&names.join(", "))),
-                    });
-                }
-                let only = tags.pop();
-                only.and_then(|key| key.strip_prefix(TAGS).map(str::to_owned))
+    fn tags_of(&self, namespace: &Namespace, name: &ImageName) -> Result<Vec<String>, LayoutError> {
+        let mut tags = self.tags_from(&format!("{namespace}/{name}@"))?;
+        tags.retain(|tag| self.made(tag).is_some());
+        Ok(tags)
+    }
+
+    fn made(&self, tag: &str) -> Option<u64> {
+        Some(self.told(tag)?.image?.1)
+    }
+
+    fn index(&self, layout: &Layout) -> Result<Vec<Descriptor>, LayoutError> {
+        Ok(match self.small(INDEX_JSON, MAX_INDEX_JSON)? {
+            Some(found) => {
+                let index: OciIndex = layout.json(INDEX_JSON, &found.bytes)?;
+                index.manifests
             }
-        };
-        let Some(tag) = tag else { return Ok(None) };
-        let of = self.tag(layout, &tag)?;
-        Ok(of.map(|of| (tag, of)))
+            None => Vec::new(),
+        })
     }
 }
 
-/// The packs of an image.
+/// Parts of blobs in a bucket.
 #[derive(Debug)]
-pub(super) struct Packs {
+struct Parts {
     bucket: Arc<Bucket>,
     runtime: Handle,
     /// The key and the size of each.
     blobs: Vec<(String, u64)>,
 }
 
-impl Packs {
-    pub(super) fn new(remote: &Remote, blobs: Vec<(String, u64)>) -> Self {
-        Self {
-            bucket: Arc::clone(&remote.bucket),
-            runtime: remote.runtime.clone(),
-            blobs,
-        }
-    }
-}
-
-impl chunks::Remote for Packs {
+impl chunks::Remote for Parts {
     fn name(&self) -> String {
         self.bucket.uri("")
     }
@@ -329,45 +269,5 @@ impl chunks::Remote for Packs {
         let bytes = self.runtime.block_on(self.bucket.part(key, range, *size));
         take(&bytes.map_err(|error| Arc::new(error) as RemoteError)?);
         Ok(())
-    }
-}
-
-/// An object on its way.
-pub(super) struct Coming {
-    pieces: mpsc::Receiver<Result<Bytes, S3Error>>,
-    rest: Bytes,
-    failed: Option<S3Error>,
-    fetching: JoinHandle<()>,
-}
-
-impl Coming {
-    /// Why it did not come, where it did not.
-    pub(super) fn failed(self) -> Option<S3Error> {
-        let mut this = self;
-        this.failed.take()
-    }
-}
-
-impl Read for Coming {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        while !self.rest.has_remaining() {
-            match self.pieces.blocking_recv() {
-                None => return Ok(0),
-                Some(Ok(piece)) => self.rest = piece,
-                Some(Err(error)) => {
-                    self.failed = Some(error);
-                    return Err(io::Error::other("the store failed"));
-                }
-            }
-        }
-        let n = into.len().min(self.rest.len());
-        self.rest.copy_to_slice(&mut into[..n]);
-        Ok(n)
-    }
-}
-
-impl Drop for Coming {
-    fn drop(&mut self) {
-        self.fetching.abort();
     }
 }

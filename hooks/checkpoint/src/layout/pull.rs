@@ -11,7 +11,7 @@ use std::{
 use rekindle_core::name::{ImageName, Namespace};
 use rekindle_store::space;
 
-use super::{BLOBS, Descriptor, Layout, LayoutError, blobs::Blob, media_type};
+use super::{BLOBS, Descriptor, Layout, LayoutError, blobs::Blob, media_type, some_of};
 use crate::{
     chunks::Key,
     image::{Arriving, ImageStore, SealedImage, open_regular},
@@ -100,8 +100,8 @@ impl Layout {
 
     fn chosen(&self, wanted: Option<&str>) -> Result<(String, Descriptor), LayoutError> {
         #[cfg(feature = "s3")]
-        if let super::Place::Bucket(remote) = &self.place
-            && let Some(found) = remote.choose(self, wanted)?
+        if let Some(away) = self.away()
+            && let Some(found) = self.choose(away, wanted)?
         {
             return Ok(found);
         }
@@ -116,18 +116,20 @@ impl Layout {
         };
         let found: Vec<&Descriptor> = tags.iter().filter(fits).collect();
         let [of] = found[..] else {
-            // As many as a person reads.
-            let names: Vec<_> = tags.iter().filter_map(Descriptor::tag).take(10).collect();
+            let names = tags.iter().filter_map(Descriptor::tag);
+            let names: Vec<String> = names.map(str::to_owned).collect();
+            #[cfg(feature = "s3")]
+            let names = match self.away() {
+                Some(away) if names.is_empty() => away.tags()?,
+                _ => names,
+            };
             return Err(LayoutError::NoTag {
                 path: self.path.clone(),
                 wanted: wanted.map_or_else(
                     || "that could be meant without a tag".to_owned(),
                     |tag| format!("with the tag {:?}", shorten(tag)),
                 ),
-                there: match names.len() {
-                    0 => "it has no tags".to_owned(),
-                    _ => format!("it has {}", shorten(&names.join(", "))),
-                },
+                there: some_of(&names),
             });
         };
         Ok((of.tag().unwrap_or("the only image").to_owned(), of.clone()))

@@ -64,8 +64,8 @@ impl Layout {
     /// The tag of an image that is told no other one.
     pub fn tag_for(&self, image: &SealedImage) -> String {
         #[cfg(feature = "s3")]
-        if let Place::Bucket(_) = &self.place {
-            return super::bucket::tag_of(image);
+        if let Some(away) = self.away() {
+            return away.tag_of(image);
         }
         image.reference()
     }
@@ -83,7 +83,7 @@ impl Layout {
         tag: &str,
         done: &AtomicU64,
     ) -> Result<Pushed, LayoutError> {
-        check_tag(tag)?;
+        self.check_tag(tag)?;
         image.check_listed()?;
         // One at a time: a tag is added to what the index has.
         let (_alone, known) = match &self.place {
@@ -93,8 +93,8 @@ impl Layout {
                 (Some(alone), self.known_packs()?)
             }
             #[cfg(feature = "s3")]
-            Place::Bucket(remote) => {
-                remote.mark()?;
+            Place::Away(away) => {
+                away.prepare()?;
                 (None, HashMap::new())
             }
         };
@@ -126,12 +126,34 @@ impl Layout {
             annotations: Annotations::from([annotation]),
         };
         let text = serde_json::to_vec(&oci).map_err(|e| self.unwritable(&e))?;
-        let mut of = self.put(MANIFEST, &text, &mut pushed)?;
-        pushed.digest = of.digest.parse()?;
+        self.publish(tag, &text, &mut pushed)?;
+        Ok(pushed)
+    }
+
+    fn check_tag(&self, tag: &str) -> Result<(), LayoutError> {
+        match &self.place {
+            Place::Folder(_) => check_tag(tag),
+            #[cfg(feature = "s3")]
+            Place::Away(away) => away.check_tag(tag),
+        }
+    }
+
+    /// Puts the OCI manifest there, and its tag behind it.
+    fn publish(&self, tag: &str, text: &[u8], pushed: &mut Pushed) -> Result<(), LayoutError> {
+        pushed.digest = BlobDigest::of(text);
+        let mut of = descriptor(MANIFEST, pushed.digest, text.len() as u64);
         of.artifact_type = Some(ARTIFACT.to_owned());
         of.annotations.insert(REF_NAME.to_owned(), tag.to_owned());
-        self.tag(tag, &of)?;
-        Ok(pushed)
+        #[cfg(feature = "s3")]
+        if let Some(away) = self.away() {
+            pushed.bytes += of.size;
+            if away.publish(self, &of, text)? {
+                pushed.written += of.size;
+            }
+            return Ok(());
+        }
+        self.put(MANIFEST, text, pushed)?;
+        self.tag(tag, &of)
     }
 
     pub(super) fn unwritable(&self, error: &serde_json::Error) -> LayoutError {
@@ -152,9 +174,9 @@ impl Layout {
         let size = bytes.len() as u64;
         pushed.bytes += size;
         #[cfg(feature = "s3")]
-        if let Place::Bucket(remote) = &self.place {
-            if remote.size(&digest.path())? != Some(size) {
-                remote.put(&digest.path(), bytes)?;
+        if let Some(away) = self.away() {
+            if away.size(digest)? != Some(size) {
+                away.put(digest, bytes)?;
                 pushed.written += size;
             }
             return Ok(descriptor(media_type, digest, size));
@@ -185,14 +207,14 @@ impl Layout {
             .len();
         pushed.bytes += size;
         #[cfg(feature = "s3")]
-        if let Place::Bucket(remote) = &self.place {
+        if let Some(away) = self.away() {
             // Its name is its digest, so it is read twice, the second time from memory where that is large enough.
             let read = AtomicU64::new(0);
             let (digest, read) = copy(file, &mut io::sink(), size, path, path, &read)?;
-            if remote.size(&digest.path())? == Some(read) {
+            if away.size(digest)? == Some(read) {
                 done.fetch_add(read, Ordering::Relaxed);
             } else {
-                remote.put_file(path, (digest, read), done)?;
+                away.put_file(path, (digest, read), done)?;
                 pushed.written += read;
             }
             return Ok(descriptor(media_type, digest, read));
@@ -272,12 +294,8 @@ impl Layout {
         Ok(known)
     }
 
-    /// Sets a tag, in `index.json` and in a bucket beside it.
+    /// Sets a tag of a folder.
     fn tag(&self, tag: &str, of: &Descriptor) -> Result<(), LayoutError> {
-        #[cfg(feature = "s3")]
-        if let Place::Bucket(remote) = &self.place {
-            return remote.set_tag(self, tag, of);
-        }
         let path = self.path.join(INDEX_JSON);
         let file = self
             .file(INDEX_JSON)

@@ -1,7 +1,7 @@
 //! The SDK's client for one store: its endpoint, its certificates, its credentials, and nothing that
 //! retries or checks behind its caller's back.
 
-use std::{fs, path::Path, time::Duration};
+use std::{fmt::Display, fs, path::Path, time::Duration};
 
 use aws_config::{
     ecs::EcsCredentialsProvider,
@@ -137,7 +137,8 @@ fn http_client(access: &S3Access, connections: usize) -> Result<SharedHttpClient
     let native = !rustls_native_certs::load_native_certs().certs.is_empty();
     let mut trust = TrustStore::empty().with_native_roots(native);
     if let Some(path) = &access.ca_file {
-        trust.add_pem_certificate(authorities(path)?);
+        let (pem, _) = authorities(path).map_err(S3Error::Access)?;
+        trust.add_pem_certificate(pem);
     }
     let tls = TlsContext::builder()
         .with_trust_store(trust)
@@ -151,17 +152,18 @@ fn http_client(access: &S3Access, connections: usize) -> Result<SharedHttpClient
 }
 
 /// A CA file, checked: the client panics over one that it cannot read.
-fn authorities(path: &Path) -> Result<Vec<u8>, S3Error> {
-    let pem = fs::read(path).map_err(|e| unusable(path, e))?;
+pub(crate) fn authorities(path: &Path) -> Result<(Vec<u8>, RootCertStore), String> {
+    let refuse = |reason: &dyn Display| format!("{}: {reason}", path.display());
+    let pem = fs::read(path).map_err(|e| refuse(&e))?;
     let mut roots = RootCertStore::empty();
     for cert in CertificateDer::pem_slice_iter(&pem) {
-        let cert = cert.map_err(|e| unusable(path, e))?;
-        roots.add(cert).map_err(|e| unusable(path, e))?;
+        let cert = cert.map_err(|e| refuse(&e))?;
+        roots.add(cert).map_err(|e| refuse(&e))?;
     }
     if roots.is_empty() {
-        return Err(unusable(path, "there is no certificate in it"));
+        return Err(refuse(&"there is no certificate in it"));
     }
-    Ok(pem)
+    Ok((pem, roots))
 }
 
 fn unusable(path: &Path, reason: impl ToString) -> S3Error {

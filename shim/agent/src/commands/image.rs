@@ -69,8 +69,10 @@ Examples:
   rekindle image pull oci:/mnt/images:warm-3 team-b/warm
   rekindle image push team-a/warm s3://images/node-1/
   rekindle image pull s3://images/node-1/:team-a/warm     # the newest of that name
+  rekindle image push team-a/warm docker://registry.example.com/images
+  rekindle image pull docker://registry.example.com/images:team-a/warm
 
-A bucket is used as the configuration says in [[images.tier]], and for the namespaces that it says.
+A bucket or a registry is used as the configuration says in [[images.tier]], and for the namespaces that it says.
 
 An encrypted image travels encrypted. Without its key it is pulled under its own name only, and its chunks
 are compared when they are read.
@@ -107,9 +109,9 @@ pub(crate) struct ImageArgs {
 
 #[derive(Debug, Subcommand)]
 enum ImageCommand {
-    /// List this node's images, or those of a bucket.
+    /// List this node's images, or those of a bucket or a registry.
     Ls {
-        /// The bucket, which [[images.tier]] names: s3://BUCKET/PREFIX/.
+        /// What [[images.tier]] names: s3://BUCKET/PREFIX/, docker://HOST[:PORT]/REPOSITORY.
         #[arg(value_name = "PLACE")]
         place: Option<oci::Place>,
         /// Those of this namespace only.
@@ -150,10 +152,11 @@ enum ImageCommand {
         #[arg(long)]
         force: bool,
     },
-    /// Copy an image into an OCI image layout, in a folder or a bucket. What is there already is not written again.
+    /// Copy an image into an OCI image layout, in a folder or a bucket, or into a registry. What is there already is not
+    /// written again.
     #[command(after_help = OCI_EXAMPLES)]
     Push(oci::PushArgs),
-    /// Take an image out of an OCI image layout, verify it, and make it the next generation.
+    /// Take an image out of an OCI image layout or a registry, verify it, and make it the next generation.
     #[command(after_help = OCI_EXAMPLES)]
     Pull(oci::PullArgs),
     /// Have the newest image of a name on this node: fetch it from its namespace's tier, if it is not here.

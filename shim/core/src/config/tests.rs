@@ -139,12 +139,36 @@ fn a_tier_has_the_images_of_its_namespaces_and_nothing_beside_its_prefix() {
     assert_eq!(of("team-b").as_deref(), Some("s3://images/rest/"));
     let at = |place: &str, ns: &str| {
         config
-            .tier_at(&place.parse().unwrap(), &ns.parse().unwrap())
+            .tier_at(&place.parse().unwrap(), Some(&ns.parse().unwrap()))
             .is_some()
     };
     assert!(at("s3://images/a/", "team-a") && at("s3://images/a/b/", "team-a"));
     assert!(!at("s3://images/a/", "team-b") && !at("s3://images/a-private/", "team-a"));
     assert!(at("s3://images/rest/", "team-a"));
+}
+
+#[test]
+fn a_repository_is_a_tier_and_so_is_what_lies_below_it() {
+    let config = parse(
+        r#"
+        [[images.tier]]
+        url = "docker://r.example:5000/team"
+        namespaces = ["team-a"]
+        endpoint = "http://r.example:5000"
+        credentials-file = "/etc/rekindle/docker.json"
+        "#,
+    )
+    .unwrap();
+    let at = |place: &str, ns: &str| {
+        config
+            .tier_at(&place.parse().unwrap(), Some(&ns.parse().unwrap()))
+            .is_some()
+    };
+    assert!(at("docker://r.example:5000/team", "team-a"));
+    assert!(at("docker://r.example:5000/team/more", "team-a"));
+    assert!(!at("docker://r.example:5000/team", "team-b"));
+    assert!(!at("docker://r.example:5000/team-b", "team-a"));
+    assert!(!at("docker://r.example/team", "team-a"));
 }
 
 #[test]
@@ -179,6 +203,18 @@ fn what_is_wrong_is_named() {
         (
             "[[images.tier]]\nurl = \"s3://images/\"\nnamespaces = []\nregoin = \"x\"",
             &["regoin", "region"],
+        ),
+        (
+            "[[images.tier]]\nurl = \"docker://r.example/a/\"\nnamespaces = []",
+            &["images.tier.url", "docker://host/repository"],
+        ),
+        (
+            "[[images.tier]]\nurl = \"docker://r.example/a\"\nnamespaces = []\nregion = \"x\"",
+            &["images.tier.region", "registry"],
+        ),
+        (
+            "[[images.tier]]\nurl = \"docker://r.example/a\"\nnamespaces = []\nendpoint = \"http://r.example/v2\"",
+            &["images.tier.endpoint", "no more"],
         ),
         (
             "[agent]\nevery = \"0s\"",

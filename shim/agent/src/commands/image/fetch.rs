@@ -20,7 +20,7 @@ use rekindle_core::{
     config::NodeConfig,
     name::{ImageName, ImageRef, Namespace},
 };
-use rekindle_store::s3::{S3Error, Tuning};
+use rekindle_store::s3::Tuning;
 use serde_json::{Value, json};
 
 use super::{opened::Room, with_bar};
@@ -137,18 +137,19 @@ fn fetch(
     let image = match here()? {
         Some(image) if image.origin()?.is_none() => return Ok((image, true)),
         Some(image) => image,
-        None => begin(store, config, (namespace, name))?,
+        None => begin(store, config, (namespace, name), json)?,
     };
     begun(&image);
     complete(config, &image, json)?;
     Ok((image, false))
 }
 
-/// Has as much of it come as a restore with a pager needs to begin.
+/// Has as much of it come as a restore with a pager needs to begin; all of it from a registry that gives no parts.
 fn begin(
     store: &ImageStore,
     config: &NodeConfig,
     (namespace, name): (&Namespace, &ImageName),
+    json: bool,
 ) -> anyhow::Result<SealedImage> {
     let (Some(tier), Some(layout)) = (
         config.tier_for(namespace),
@@ -164,6 +165,17 @@ fn begin(
     let key = config.key_of(encryption.map(|of| of.key.as_str()), namespace);
     let key = key.map(keys::read).transpose()?;
     let room = Room::new(store, key.as_ref())?;
+    if !found.comes_in_parts()? {
+        let (total, done) = (found.bytes(), AtomicU64::new(0));
+        let (count, checked) = (|| done.load(Ordering::Relaxed), AtomicU64::new(0));
+        let to = (namespace, name);
+        let work = || found.pull(store, to, key.as_ref(), &room.path, (&done, &checked));
+        let pulled = match json {
+            true => with_lines(total, count, work)?,
+            false => with_bar(&format!("{namespace}/{name}"), total, count, work)?,
+        };
+        return Ok(pulled.image);
+    }
     let at = (key.as_ref(), room.path.as_path());
     Ok(found.begin(store, (namespace, name), at, &tier.url, &AtomicU64::new(0))?)
 }
@@ -187,11 +199,9 @@ fn complete(config: &NodeConfig, image: &SealedImage, json: bool) -> anyhow::Res
 
 /// That the tier has no such image is no failure of the store.
 fn not_found(error: LayoutError) -> anyhow::Error {
-    match error {
-        LayoutError::NoTag { .. } | LayoutError::Remote(S3Error::Missing { .. }) => {
-            Failure::NotFound(error.to_string()).into()
-        }
-        other => other.into(),
+    match matches!(error, LayoutError::NoTag { .. }) || error.is_missing() {
+        true => Failure::NotFound(error.to_string()).into(),
+        false => error.into(),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `rekindle image push` and `pull`: images in an OCI image layout, in a folder or a bucket.
+//! `rekindle image push` and `pull`: images in an OCI image layout, in a folder or a bucket, and in a registry.
 
 use std::{
     fmt,
@@ -15,14 +15,15 @@ use rekindle_checkpoint::{
 use rekindle_core::{
     config::NodeConfig,
     name::{ImageRef, Namespace},
-    uri::{DatasetUri, UriError},
+    uri::{ImagePlace, PlaceError},
 };
 use serde_json::json;
 
 use super::{failure, locate, opened::Room, with_bar};
 use crate::{exit::Failure, keys, output, tier};
 
-/// Where images are pushed to and pulled from: `oci:DIR[:TAG]`, `s3://BUCKET/[PREFIX/][:TAG]`.
+/// Where images are pushed to and pulled from: `oci:DIR[:TAG]`, `s3://BUCKET/[PREFIX/][:TAG]`,
+/// `docker://HOST[:PORT]/REPOSITORY[:TAG|@DIGEST]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
     at: At,
@@ -32,14 +33,15 @@ pub(super) struct Place {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum At {
     Folder(PathBuf),
-    Bucket(DatasetUri),
+    /// What an `[[images.tier]]` has to name.
+    Away(ImagePlace),
 }
 
 impl fmt::Display for At {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Folder(folder) => folder.display().fmt(f),
-            Self::Bucket(uri) => uri.fmt(f),
+            Self::Away(place) => place.fmt(f),
         }
     }
 }
@@ -49,9 +51,12 @@ impl FromStr for Place {
     fn from_str(text: &str) -> Result<Self, String> {
         let refuse = || {
             format!(
-                "{text:?} is no OCI layout: oci:DIR, oci:DIR:TAG, s3://BUCKET/PREFIX/ or s3://BUCKET/PREFIX/:TAG is meant"
+                "{text:?} is no place of images: oci:DIR[:TAG], s3://BUCKET/PREFIX/[:TAG] or docker://HOST/REPOSITORY[:TAG] is meant"
             )
         };
+        if let Some(rest) = text.strip_prefix("docker://") {
+            return in_registry(rest).ok_or_else(refuse)?;
+        }
         let (at, tag) = if text.starts_with("s3://") {
             let (url, tag) = match text.split_once("/:") {
                 Some((url, tag)) => (format!("{url}/"), Some(tag)),
@@ -60,8 +65,8 @@ impl FromStr for Place {
             if !url.ends_with('/') {
                 return Err(refuse());
             }
-            let uri = url.parse().map_err(|e: UriError| e.to_string())?;
-            (At::Bucket(uri), tag)
+            let place = url.parse().map_err(|e: PlaceError| e.to_string())?;
+            (At::Away(place), tag)
         } else {
             let rest = text.strip_prefix("oci:").ok_or_else(refuse)?;
             // A folder with a colon in its name cannot be written so; nor can it for other tools.
@@ -84,12 +89,40 @@ impl FromStr for Place {
     }
 }
 
+/// A repository, and what is behind it: neither a repository's name nor what follows has a colon or an `@`, but for the
+/// one in a digest. None where there is no repository.
+fn in_registry(rest: &str) -> Option<Result<Place, String>> {
+    let (host, path) = rest.split_once('/')?;
+    let (name, tag) = match path.find(['@', ':']) {
+        Some(end) => (&path[..end], Some(&path[end + 1..])),
+        None => (path, None),
+    };
+    let digest = path[name.len()..].starts_with('@');
+    if let Some(tag) = tag {
+        // Behind an @ is a digest, and behind a colon none.
+        if digest != tag.contains(':') {
+            return None;
+        }
+        if let Err(error) = layout::check_registry_reference(tag) {
+            return Some(Err(error.to_string()));
+        }
+    }
+    let place = format!("docker://{host}/{name}").parse();
+    Some(match place {
+        Ok(place) => Ok(Place {
+            at: At::Away(place),
+            tag: tag.map(str::to_owned),
+        }),
+        Err(error) => Err(PlaceError::to_string(&error)),
+    })
+}
+
 impl At {
     /// The layout to put an image of `namespace` into.
     fn create(&self, config: &NodeConfig, namespace: &Namespace) -> anyhow::Result<Layout> {
         match self {
             Self::Folder(folder) => Ok(Layout::create(folder)?),
-            Self::Bucket(uri) => tier::at(config, uri, Some(namespace)),
+            Self::Away(place) => tier::at(config, place, Some(namespace)),
         }
     }
 
@@ -97,7 +130,7 @@ impl At {
     fn open(&self, config: &NodeConfig, namespace: Option<&Namespace>) -> anyhow::Result<Layout> {
         match self {
             Self::Folder(folder) => Ok(Layout::open(folder)?),
-            Self::Bucket(uri) => tier::at(config, uri, namespace),
+            Self::Away(place) => tier::at(config, place, namespace),
         }
     }
 
@@ -105,7 +138,7 @@ impl At {
     fn admit(&self, config: &NodeConfig, namespace: &Namespace) -> anyhow::Result<()> {
         match self {
             Self::Folder(_) => Ok(()),
-            Self::Bucket(uri) => tier::admit(config, uri, namespace),
+            Self::Away(place) => tier::admit(config, place, namespace),
         }
     }
 }
@@ -115,8 +148,9 @@ pub(super) struct PushArgs {
     /// The image: [NAMESPACE/]NAME[@GENERATION].
     image: ImageRef,
     /// The layout, which is made where there is none, and the tag: a folder, oci:DIR[:TAG] [default:
-    /// NAMESPACE/NAME@GENERATION], or a bucket that [[images.tier]] names, s3://BUCKET/PREFIX/[:TAG] [default:
-    /// NAMESPACE/NAME@CREATED-DIGEST].
+    /// NAMESPACE/NAME@GENERATION]; or what [[images.tier]] names: a bucket, s3://BUCKET/PREFIX/[:TAG] [default:
+    /// NAMESPACE/NAME@CREATED-DIGEST], or a repository, docker://HOST[:PORT]/REPOSITORY[:TAG] [default:
+    /// NAMESPACE.NAME.CREATED-DIGEST].
     #[arg(value_name = "PLACE")]
     place: Place,
     /// Look in this namespace.
@@ -129,8 +163,9 @@ pub(super) struct PushArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct PullArgs {
-    /// The layout, and the tag [default: that of the only image in it]: oci:DIR[:TAG], or s3://BUCKET/PREFIX/[:TAG]
-    /// where [[images.tier]] names it, and there the tag NAMESPACE/NAME means the newest image of that name.
+    /// The layout, and the tag [default: that of the only image in it]: oci:DIR[:TAG]; or, where [[images.tier]] names
+    /// it, s3://BUCKET/PREFIX/[:TAG] or docker://HOST[:PORT]/REPOSITORY[:TAG|@DIGEST], and there the tag NAMESPACE/NAME
+    /// means the newest image of that name.
     #[arg(value_name = "PLACE")]
     place: Place,
     /// Call it [NAMESPACE/]NAME; its generation is the next one [default: as it was called].
@@ -144,31 +179,28 @@ pub(super) struct PullArgs {
     json: bool,
 }
 
-/// What a bucket has, for the namespaces that it is a tier of.
+/// What a bucket or a repository has, for the namespaces that it is a tier of.
 pub(super) fn ls(
     config: &NodeConfig,
     place: &Place,
     namespace: Option<&Namespace>,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
-    let At::Bucket(uri) = &place.at else {
-        let reason = "only a bucket is listed: index.json of a layout in a folder has its tags";
+    let At::Away(uri) = &place.at else {
+        let reason = "only a bucket or a registry is listed: index.json of a layout in a folder has its tags";
         return Err(Failure::Refused(reason.to_owned()).into());
     };
     let layout = tier::at(config, uri, namespace)?;
     let mut rows = Vec::new();
-    for tag in layout.bucket_tags()? {
-        // Ours are NAMESPACE/NAME@CREATED-DIGEST; what somebody has called otherwise is what it is called.
-        let (image, rest) = tag.split_once('@').unwrap_or((&tag, ""));
-        let owner = image
-            .split_once('/')
-            .and_then(|(owner, _)| owner.parse().ok());
+    for (tag, told) in layout.listed()? {
+        // What somebody has called otherwise is what it is called.
+        let owner = told.as_ref().map(|told| told.namespace.clone());
         let shown = match (&owner, namespace) {
             (Some(owner), Some(wanted)) => owner == wanted,
-            (Some(owner), None) => config.tier_at(uri, owner).is_some(),
+            (Some(owner), None) => config.tier_at(uri, Some(owner)).is_some(),
             (None, wanted) => wanted.is_none(),
         };
-        let created = rest.split_once('-').and_then(|(when, _)| when.parse().ok());
+        let created = told.and_then(|told| told.image).map(|(_, created)| created);
         if shown {
             rows.push((tag, owner, created));
         }
@@ -212,7 +244,7 @@ pub(super) fn push(
     if args.json {
         let (key, place) = match &args.place.at {
             At::Folder(folder) => ("folder", folder.display().to_string()),
-            At::Bucket(uri) => ("url", uri.to_string()),
+            At::Away(place) => ("url", place.to_string()),
         };
         output::json(&json!({
             "image": reference,
@@ -327,11 +359,22 @@ mod tests {
         assert_eq!(place("oci:/srv/x"), Ok(is(folder("/srv/x"), None)));
         let tagged = is(folder("x"), Some("team-a/warm@3"));
         assert_eq!(place("oci:x:team-a/warm@3"), Ok(tagged));
-        let bucket = |url: &str| At::Bucket(url.parse().unwrap());
+        let bucket = |url: &str| At::Away(url.parse().unwrap());
         let plain = is(bucket("s3://images/"), None);
         assert_eq!(place("s3://images/"), Ok(plain));
         let tagged = is(bucket("s3://images/a/b/"), Some("team-a/warm"));
         assert_eq!(place("s3://images/a/b/:team-a/warm"), Ok(tagged));
+        let repository = || bucket("docker://r.example:5000/team/a");
+        let digest = format!("sha256:{}", "0".repeat(64));
+        for (behind, tag) in [
+            (String::new(), None),
+            (":latest".to_owned(), Some("latest")),
+            (":team-a/warm".to_owned(), Some("team-a/warm")),
+            (format!("@{digest}"), Some(digest.as_str())),
+        ] {
+            let text = format!("docker://r.example:5000/team/a{behind}");
+            assert_eq!(place(&text), Ok(is(repository(), tag)), "{text}");
+        }
         for bad in [
             "",
             "/srv/x",
@@ -340,6 +383,15 @@ mod tests {
             "oci:x:",
             "oci:x:a:b",
             "docker://x",
+            "docker://x/",
+            "docker://x/a:",
+            "docker://x/a@",
+            "docker://x/a@latest",
+            "docker://x/a:b:c",
+            "docker://x/a:b@sha256:00",
+            "docker://x/a/:b",
+            "docker://x/A",
+            "docker://u:p@x/a",
             "s3://images",
             "s3://images/a",
             "s3://images/a:tag",
