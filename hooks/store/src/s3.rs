@@ -14,7 +14,7 @@ mod bucket;
 mod client;
 mod tuning;
 
-pub use bucket::{Bucket, Condition, Limits, Small};
+pub use bucket::{Bucket, Condition, Limits, Object, Small};
 pub use client::client;
 pub use tuning::{Patience, Tuning};
 

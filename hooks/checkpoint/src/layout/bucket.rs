@@ -3,6 +3,7 @@
 //! ```text
 //!  oci-layout, index.json, blobs/…   as in a folder, so that what copies the prefix has a layout
 //!  tags/<tag>                        the descriptor of that tag: written last, and what is believed
+//!  uploads/, removed/, gc/           who adds to it, what was removed from it, and who removes: see `remove`
 //! ```
 //! There is nobody who could lock a bucket, and several nodes write to one. So each tag is an object of its own, which
 //! one request writes; `index.json`, which several want to change, is for other tools. It is written with a condition
@@ -41,18 +42,18 @@ use crate::{
     manifest::shorten,
 };
 
-const TAGS: &str = "tags/";
+pub(super) const TAGS: &str = "tags/";
 /// Most bytes of a tag: ours has 400.
-const MAX_TAG_BYTES: u64 = 64 << 10;
+pub(super) const MAX_TAG_BYTES: u64 = 64 << 10;
 /// Most tags that are looked through.
-const MAX_TAGS: usize = 100_000;
+pub(super) const MAX_TAGS: usize = 100_000;
 /// How often `index.json` is written anew because another one has changed it meanwhile.
-const ROUNDS: usize = 10;
+pub(super) const ROUNDS: usize = 10;
 
 /// A bucket, for callers that block.
 #[derive(Debug)]
 pub(super) struct Remote {
-    bucket: Arc<Bucket>,
+    pub(super) bucket: Arc<Bucket>,
     runtime: Handle,
 }
 
@@ -138,7 +139,7 @@ pub(super) fn tag_of(image: &SealedImage) -> String {
 }
 
 impl Remote {
-    fn wait<T>(&self, doing: impl Future<Output = T>) -> T {
+    pub(super) fn wait<T>(&self, doing: impl Future<Output = T>) -> T {
         self.runtime.block_on(doing)
     }
 
@@ -238,7 +239,11 @@ impl Remote {
     }
 
     /// What a tag names; none where there is no such tag.
-    fn tag(&self, layout: &Layout, tag: &str) -> Result<Option<Descriptor>, LayoutError> {
+    pub(super) fn tag(
+        &self,
+        layout: &Layout,
+        tag: &str,
+    ) -> Result<Option<Descriptor>, LayoutError> {
         let key = format!("{TAGS}{tag}");
         match self.small(&key, MAX_TAG_BYTES)? {
             Some(found) => layout.json(&key, &found.bytes).map(Some),

@@ -85,6 +85,11 @@ impl Layout {
     ) -> Result<Pushed, LayoutError> {
         check_tag(tag)?;
         image.check_listed()?;
+        #[cfg(feature = "s3")]
+        let _upload = match &self.place {
+            Place::Bucket(remote) => Some(remote.announce(self)?),
+            Place::Folder(_) => None,
+        };
         // One at a time: a tag is added to what the index has.
         let (_alone, known) = match &self.place {
             Place::Folder(_) => {
