@@ -25,12 +25,12 @@ use crate::{exit::Failure, keys, output, tier};
 /// Where images are pushed to and pulled from: `oci:DIR[:TAG]`, `s3://BUCKET/[PREFIX/][:TAG]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
-    at: At,
-    tag: Option<String>,
+    pub(super) at: At,
+    pub(super) tag: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum At {
+pub(super) enum At {
     Folder(PathBuf),
     Bucket(DatasetUri),
 }
