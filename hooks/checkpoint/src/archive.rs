@@ -18,8 +18,12 @@ use std::{
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
 mod attributes;
+#[cfg(feature = "archives")]
+pub(crate) mod layer;
 mod list;
 mod made;
+#[cfg(feature = "archives")]
+pub(crate) mod members;
 mod pack;
 mod unpack;
 
@@ -84,6 +88,9 @@ pub enum ArchiveError {
     /// Too deep.
     #[error("{0:?} is more than {MAX_DEPTH} folders deep")]
     TooDeep(PathBuf),
+    /// Too many of them.
+    #[error("the archive has more members, or longer names, than any real one")]
+    TooMany,
     /// More bytes than are ever unpacked.
     #[error("the files of the archive claim {claimed} bytes, and at most {max} are accepted")]
     TooLarge {

@@ -15,14 +15,20 @@ mod credentials;
 mod files;
 mod folder;
 mod mappings;
+#[cfg(feature = "archives")]
+mod processes;
 mod remaps;
-mod wire;
+pub(crate) mod wire;
 
 pub use areas::{Area, AreaKind, areas};
 pub use credentials::{CapabilityBits, Credentials, Task, credentials};
 pub use files::{OpenFiles, Socket, SocketKind};
 pub use folder::check_folder;
 pub(crate) use mappings::Mappings;
+#[cfg(feature = "archives")]
+pub(crate) use processes::{Process, processes};
+#[cfg(feature = "archives")]
+pub(crate) use remaps::kept;
 pub use remaps::{LinkRemap, link_remaps};
 
 /// The first word of every image but the inventory.

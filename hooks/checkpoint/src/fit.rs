@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, fmt};
 
 use crate::{
     criu_image::Task,
-    manifest::{Container, Facts, Host, Security},
+    manifest::{Container, Facts, Host, Security, Unknown},
 };
 
 pub mod credentials;
@@ -114,17 +114,25 @@ pub enum Difference {
         /// Whether the image had one.
         image: bool,
     },
+    /// What others have made and not written down.
+    #[error("{}", match .0 {
+        Unknown::Host => "what CPU, kernel and CRIU it was made with is not known",
+        Unknown::Layer => "what was in its writable layer is not known",
+        Unknown::Shm => "what was in the /dev/shm of its pod is not known",
+    })]
+    Unknown(Unknown),
     /// A task that gets more than its container's spec allows.
     #[error(transparent)]
     Task(#[from] credentials::TaskDifference),
 }
 
 impl Difference {
-    /// Whether it is of the host, and harms nobody but the restored processes themselves.
+    /// Whether it is of the host, or nobody knows whether there is one, and harms nobody but the restored processes
+    /// themselves.
     fn is_of_the_host(&self) -> bool {
         matches!(
             self,
-            Self::CpuFlags(_) | Self::Kernel { .. } | Self::Criu { .. }
+            Self::CpuFlags(_) | Self::Kernel { .. } | Self::Criu { .. } | Self::Unknown(_)
         )
     }
 }
@@ -167,6 +175,7 @@ pub fn fit(
 ) -> Result<(), Misfit> {
     let mut found = Vec::new();
     fit_host(&image.host, host, &mut found);
+    found.extend(image.unknown.iter().copied().map(Difference::Unknown));
     if let (Some(image), Some(spec)) = (image.source.image_digest.as_deref(), digest)
         && image != spec
     {

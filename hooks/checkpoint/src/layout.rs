@@ -44,6 +44,8 @@ mod pull;
 mod push;
 #[cfg(feature = "s3")]
 mod registry;
+#[cfg(feature = "s3")]
+mod remove;
 
 #[cfg(feature = "s3")]
 pub use away::Told;
@@ -52,6 +54,8 @@ pub use pull::{Found, Proof, Pulled};
 pub use push::Pushed;
 #[cfg(feature = "s3")]
 pub use registry::check_registry_reference;
+#[cfg(feature = "s3")]
+pub use remove::{Collected, Rules, expired};
 
 /// What an image is to those who do not know it.
 pub const ARTIFACT: &str = "application/vnd.rekindle.checkpoint.v2";
@@ -184,6 +188,26 @@ pub enum LayoutError {
         wanted: String,
         /// The key's name.
         key: String,
+    },
+    /// Others remove blobs from the bucket.
+    #[cfg(feature = "s3")]
+    #[error("blobs are being removed from {} just now (`rekindle image gc`): try it again; after one that was killed, {note} there keeps images out for {minutes} minutes", path.display())]
+    Busy {
+        /// The layout.
+        path: PathBuf,
+        /// The object that says so.
+        note: &'static str,
+        /// How long one is believed.
+        minutes: u64,
+    },
+    /// What is in a bucket is not removed.
+    #[cfg(feature = "s3")]
+    #[error("nothing is removed from {}: {reason}", path.display())]
+    Kept {
+        /// The layout.
+        path: PathBuf,
+        /// Why.
+        reason: String,
     },
     /// Its own verification failed, or the store.
     #[error(transparent)]

@@ -21,6 +21,8 @@ pub mod contents;
 pub mod criu_image;
 pub mod deleted;
 pub mod fit;
+#[cfg(feature = "archives")]
+pub mod foreign;
 pub mod image;
 pub mod layout;
 pub mod manifest;

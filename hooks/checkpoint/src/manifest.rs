@@ -164,6 +164,18 @@ pub struct Process {
     pub rss: u64,
 }
 
+/// What nobody knows of an image, because others have made it and did not write it down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unknown {
+    /// The CPU, the kernel and the CRIU that it was made with.
+    Host,
+    /// What was in its writable layer.
+    Layer,
+    /// What was in the `/dev/shm` that its pod had lent it.
+    Shm,
+}
+
 /// All that is known about an image but its files: what the shim hands in, and what `fit` compares.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -178,6 +190,9 @@ pub struct Facts {
     pub container: Container,
     /// The container's processes.
     pub processes: Vec<Process>,
+    /// What is not known of it, which of a container's image of our own is nothing.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub unknown: BTreeSet<Unknown>,
 }
 
 /// One file of an image that is what it is.

@@ -21,7 +21,7 @@ use crate::{
 };
 
 mod copy;
-mod plan;
+pub(crate) mod plan;
 mod tasks;
 
 pub use tasks::{Task, Tasks, start_time};

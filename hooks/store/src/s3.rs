@@ -14,7 +14,7 @@ mod bucket;
 mod client;
 mod tuning;
 
-pub use bucket::{Bucket, Condition, Limits, Small};
+pub use bucket::{Bucket, Condition, Limits, Object, Small};
 #[cfg(feature = "registry")]
 pub(crate) use client::authorities;
 pub use client::client;

@@ -2,7 +2,7 @@
 
 use std::{error::Error, process::ExitCode};
 
-use rekindle_checkpoint::{ImageError, layout::LayoutError};
+use rekindle_checkpoint::{ImageError, foreign::ForeignError, layout::LayoutError};
 
 /// Shown below `--help`; `docs/CONFIGURATION.md` has the same table.
 pub(crate) const TABLE: &str = "\
@@ -38,6 +38,9 @@ impl Failure {
 fn of(error: &(dyn Error + 'static)) -> Option<u8> {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         return Some(failure.code());
+    }
+    if let Some(ForeignError::Encrypted(_)) = error.downcast_ref() {
+        return Some(3);
     }
     let image = match error.downcast_ref::<LayoutError>() {
         Some(LayoutError::NoTag { .. }) => return Some(4),

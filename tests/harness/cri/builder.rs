@@ -263,6 +263,14 @@ impl<'p, 'n> ContainerBuilder<'p, 'n> {
         self
     }
 
+    /// What it is made of: another image, or a checkpoint archive on the node.
+    pub fn image(mut self, image: &str) -> Self {
+        if let Some(spec) = &mut self.config.image {
+            image.clone_into(&mut spec.image);
+        }
+        self
+    }
+
     /// What it runs.
     pub fn args(mut self, args: &[&str]) -> Self {
         self.config.command = args.iter().map(|&arg| arg.to_owned()).collect();

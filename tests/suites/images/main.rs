@@ -5,6 +5,7 @@
 
 mod ahead;
 mod api;
+mod archives;
 mod command;
 mod damaged;
 mod heap;
@@ -85,6 +86,14 @@ images! {
         }
     }
     once {
+        archives {
+            the_kubelets_becomes_an_image
+            the_kubelets_of_the_go_shim_becomes_an_image
+            a_file_of_the_pods_shm_that_nobody_kept_is_told
+            what_ctr_exports_becomes_an_image
+            an_exported_one_is_restored_by_containerd
+            a_namespace_with_a_key_has_it_encrypted
+        }
         tier {
             many_pods_fetch_once
             a_tier_that_fails_is_a_miss

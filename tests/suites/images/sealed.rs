@@ -29,7 +29,7 @@ async fn warm<'n>(stage: &'n Stage, id: &str, image: &str) -> Result<Pod<'n>> {
 }
 
 /// Files below `folder` in which `word` is.
-fn with(word: &str, folder: &Path) -> Result<Vec<String>> {
+pub(crate) fn with(word: &str, folder: &Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();

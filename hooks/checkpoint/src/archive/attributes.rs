@@ -80,6 +80,33 @@ pub(super) fn write(
         .map_err(ArchiveError::io("write an attribute of", path))
 }
 
+/// The key of an attribute.
+#[cfg(feature = "archives")]
+pub(super) fn key(name: &str) -> String {
+    format!("{KEY}{name}")
+}
+
+/// The attributes among these records; none where one is not spelt as we spell it.
+#[cfg(feature = "archives")]
+pub(super) fn decoded(records: &[(Vec<u8>, Vec<u8>)]) -> Option<Vec<(String, Vec<u8>)>> {
+    let ours = records
+        .iter()
+        .filter_map(|(key, value)| Some((key.strip_prefix(KEY.as_bytes())?, value)));
+    ours.map(|(name, value)| {
+        let name = String::from_utf8(name.to_vec()).ok()?;
+        Some((name, from_hex(value)?))
+    })
+    .collect()
+}
+
+/// Whether an attribute is taken over from what others have made, and given to them. Labels, signatures and what the
+/// kernel keeps for its file systems are each node's own.
+#[cfg(feature = "archives")]
+pub(super) fn travels(name: &str) -> bool {
+    let hint = name.starts_with("user.overlay.");
+    name == "security.capability" || (name.starts_with("user.") && !hint)
+}
+
 pub(super) fn to_hex(bytes: &[u8]) -> Vec<u8> {
     bytes
         .iter()

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Longest link target that fits into a tar header.
-const HEADER_LINK: usize = 100;
+pub(super) const HEADER_LINK: usize = 100;
 
 /// What was packed.
 #[derive(Debug)]

@@ -109,6 +109,14 @@ pub(super) struct Item {
     pub(super) records: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+impl Item {
+    /// When it was changed last.
+    #[cfg(feature = "archives")]
+    pub(super) fn modified(&self) -> Timespec {
+        self.times.last_modification
+    }
+}
+
 impl Unpacker<'_> {
     fn all(&mut self, archive: impl Read) -> Result<(), ArchiveError> {
         let mut archive = Archive::new(BufReader::with_capacity(BUFFER, archive));
@@ -370,7 +378,7 @@ pub(super) fn item<R: Read>(entry: &mut Entry<'_, R>, last: &Path) -> Result<Ite
 }
 
 /// A relative path of plain names, `./` before it allowed; anything else is refused.
-fn plain_path(bytes: &[u8]) -> Result<PathBuf, ArchiveError> {
+pub(super) fn plain_path(bytes: &[u8]) -> Result<PathBuf, ArchiveError> {
     let given = attributes::path_of(bytes);
     let mut plain = PathBuf::new();
     let mut depth = 0;
@@ -457,6 +465,6 @@ fn finish_named(
         .map_err(ArchiveError::io("set the times of", path))
 }
 
-fn show(path: &Path) -> String {
+pub(super) fn show(path: &Path) -> String {
     shorten(&path.to_string_lossy())
 }

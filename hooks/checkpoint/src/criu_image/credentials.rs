@@ -119,7 +119,7 @@ pub fn credentials(dir: &Path) -> Result<Vec<Task>, CriuImageError> {
 }
 
 /// The tasks' images by number.
-fn cores(dir: &Path) -> Result<Vec<(u32, PathBuf)>, CriuImageError> {
+pub(super) fn cores(dir: &Path) -> Result<Vec<(u32, PathBuf)>, CriuImageError> {
     let read = |source| CriuImageError::Read {
         path: dir.to_owned(),
         source,

@@ -78,6 +78,26 @@ pub fn link_remaps(dir: &Path) -> Result<Vec<LinkRemap>, CriuImageError> {
         })
 }
 
+/// The numbers of the deleted files whose content is in CRIU's own files.
+///
+/// # Errors
+/// When the image that lists them cannot be read.
+#[cfg(feature = "archives")]
+pub(crate) fn kept(dir: &Path) -> Result<std::collections::HashSet<u64>, CriuImageError> {
+    let mut kept = std::collections::HashSet::new();
+    each_record(&dir.join("remap-fpath.img"), REMAP_FPATH_MAGIC, |bytes| {
+        let (mut file, mut kind) = (None, LINKED);
+        wire::fields(bytes, |field, _| match field.number {
+            1 => file = field.value,
+            3 => kind = field.value.unwrap_or(LINKED),
+            _ => {}
+        })?;
+        kept.extend(file.filter(|_| kind != LINKED));
+        Ok(())
+    })?;
+    Ok(kept)
+}
+
 /// Calls `each` with every record; an image that is not there has none.
 pub(super) fn each_record(
     path: &Path,

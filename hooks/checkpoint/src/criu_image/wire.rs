@@ -2,16 +2,16 @@
 
 /// One field.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Field<'a> {
-    pub(super) number: u64,
+pub(crate) struct Field<'a> {
+    pub(crate) number: u64,
     /// The value of a varint field; none for the other wire types.
-    pub(super) value: Option<u64>,
+    pub(crate) value: Option<u64>,
     /// The bytes of a text or message; empty for the other wire types.
-    pub(super) bytes: &'a [u8],
+    pub(crate) bytes: &'a [u8],
 }
 
 /// Calls `each` with every field of `message` and with the offset and length of its value in there.
-pub(super) fn fields<'a>(
+pub(crate) fn fields<'a>(
     message: &'a [u8],
     mut each: impl FnMut(Field<'a>, (usize, usize)),
 ) -> Result<(), &'static str> {

@@ -70,7 +70,7 @@ impl Scratch {
 
 /// A folder outside the store, of no use to anybody when this is dropped.
 #[derive(Debug)]
-pub(super) struct Private(PathBuf);
+pub(crate) struct Private(PathBuf);
 
 impl Private {
     pub(super) fn new(path: &Path) -> Result<Self, ImageError> {

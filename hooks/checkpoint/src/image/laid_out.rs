@@ -22,7 +22,7 @@ pub(super) const BUFFER: usize = 128 << 10;
 
 /// The folder that CRIU restores from, removed when this is dropped.
 #[derive(Debug)]
-pub(super) enum LaidOut {
+pub(crate) enum LaidOut {
     /// Where the restore asked for it.
     At(Private),
     /// On the store's disk, where all pages have to be in it.
@@ -47,7 +47,7 @@ impl LaidOut {
         Ok(Self::InStore(scratch))
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         match self {
             Self::At(private) => private.path(),
             Self::InStore(scratch) => scratch.path(),

@@ -226,6 +226,18 @@ impl SealedImage {
         )
     }
 
+    /// CRIU's files without the pages, for whoever writes them elsewhere; compared, but for what only a restore has to
+    /// know. `into` is as with [`SealedImage::verify`].
+    #[cfg(feature = "archives")]
+    pub(crate) fn small_files(
+        &self,
+        into: &Path,
+        key: Option<&Key>,
+        chunks: &Arc<Chunks>,
+    ) -> Result<LaidOut, ImageError> {
+        self.criu_files(into, key, chunks)
+    }
+
     /// Lays CRIU's files out in a folder that is made for them, without pages.
     fn criu_files(
         &self,

@@ -13,7 +13,7 @@ use futures::{Stream, StreamExt as _};
 use rekindle_core::name::{ImageName, Namespace};
 use tokio::{runtime::Handle, sync::mpsc, task::JoinHandle};
 
-use super::{BlobDigest, Descriptor, Layout, LayoutError, Place, some_of};
+use super::{BlobDigest, Descriptor, Layout, LayoutError, Place, bucket::Remote, some_of};
 use crate::{chunks, image::SealedImage};
 
 /// Most tags that are looked through.
@@ -74,6 +74,11 @@ pub(super) trait Away: fmt::Debug + Send + Sync {
 
     /// When the image of one of these was made, in seconds since 1970; none where the tag is somebody's own.
     fn made(&self, tag: &str) -> Option<u64>;
+
+    /// The bucket, where it is one: what goes from there is for others to decide than what goes from a registry.
+    fn bucket(&self) -> Option<&Remote> {
+        None
+    }
 
     /// What other tools have written in place of tags.
     fn index(&self, layout: &Layout) -> Result<Vec<Descriptor>, LayoutError>;

@@ -26,7 +26,7 @@ pub struct BlobDigest([u8; 32]);
 
 impl BlobDigest {
     /// Its file in a layout.
-    pub(super) fn path(self) -> String {
+    pub(crate) fn path(self) -> String {
         format!("{BLOBS}/{}", self.hex())
     }
 
@@ -39,7 +39,13 @@ impl BlobDigest {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    pub(super) fn of(bytes: &[u8]) -> Self {
+    /// One that was computed.
+    #[cfg(feature = "archives")]
+    pub(crate) fn new(sha256: [u8; 32]) -> Self {
+        Self(sha256)
+    }
+
+    pub(crate) fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!  oci-layout, index.json, blobs/…   as in a folder, so that what copies the prefix has a layout
 //!  tags/<tag>                        the descriptor of that tag: written last, and what is believed
+//!  uploads/, removed/, gc/           who adds to it, what was removed from it, and who removes: see `remove`
 //! ```
 //! There is nobody who could lock a bucket, and several nodes write to one. So each tag is an object of its own, which
 //! one request writes; `index.json`, which several want to change, is for other tools. It is written with a condition
@@ -40,16 +41,16 @@ use crate::{
     image::SealedImage,
 };
 
-const TAGS: &str = "tags/";
+pub(super) const TAGS: &str = "tags/";
 /// Most bytes of a tag: ours has 400.
-const MAX_TAG_BYTES: u64 = 64 << 10;
+pub(super) const MAX_TAG_BYTES: u64 = 64 << 10;
 /// How often `index.json` is written anew because another one has changed it meanwhile.
-const ROUNDS: usize = 10;
+pub(super) const ROUNDS: usize = 10;
 
 /// A bucket, for callers that block.
 #[derive(Debug)]
-struct Remote {
-    bucket: Arc<Bucket>,
+pub(super) struct Remote {
+    pub(super) bucket: Arc<Bucket>,
     runtime: Handle,
 }
 
@@ -68,15 +69,15 @@ impl Layout {
 }
 
 impl Remote {
-    fn wait<T>(&self, doing: impl Future<Output = T>) -> T {
+    pub(super) fn wait<T>(&self, doing: impl Future<Output = T>) -> T {
         self.runtime.block_on(doing)
     }
 
-    fn small(&self, key: &str, max: u64) -> Result<Option<Small>, S3Error> {
+    pub(super) fn small(&self, key: &str, max: u64) -> Result<Option<Small>, S3Error> {
         self.wait(self.bucket.small(key, max))
     }
 
-    fn write(&self, key: &str, bytes: &[u8]) -> Result<(), S3Error> {
+    pub(super) fn write(&self, key: &str, bytes: &[u8]) -> Result<(), S3Error> {
         let bytes = Bytes::copy_from_slice(bytes);
         self.wait(self.bucket.put(key, bytes, &Condition::Always))
             .map(drop)
@@ -146,6 +147,10 @@ impl Away for Remote {
 
     fn check_tag(&self, tag: &str) -> Result<(), LayoutError> {
         check_tag(tag)
+    }
+
+    fn bucket(&self) -> Option<&Remote> {
+        Some(self)
     }
 
     /// Makes sure that the prefix is a layout to other tools.

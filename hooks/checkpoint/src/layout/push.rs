@@ -12,6 +12,8 @@ use std::{
 use rekindle_store::{Lock, commit_file, space, write_file};
 use serde_json::{Value, json};
 
+#[cfg(feature = "s3")]
+use super::away::Away;
 use super::{
     ARTIFACT, Annotations, BLOBS, BlobDigest, CONFIG, Descriptor, INDEX, INDEX_JSON, LAYOUT_FILE,
     Layout, LayoutError, MANIFEST, MAX_INDEX_JSON, OciManifest, Place, REF_NAME, TITLE,
@@ -85,6 +87,11 @@ impl Layout {
     ) -> Result<Pushed, LayoutError> {
         self.check_tag(tag)?;
         image.check_listed()?;
+        #[cfg(feature = "s3")]
+        let _upload = match self.away().and_then(Away::bucket) {
+            Some(remote) => Some(remote.announce(self)?),
+            None => None,
+        };
         // One at a time: a tag is added to what the index has.
         let (_alone, known) = match &self.place {
             Place::Folder(_) => {

@@ -15,7 +15,7 @@ use crate::{
 
 /// Where bytes come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum From {
+pub(crate) enum From {
     /// The pages file that the dump wrote, at this offset.
     Dump(u64),
     /// The task's memory, at the address where the page is.
@@ -24,28 +24,28 @@ pub(super) enum From {
 
 /// Some of the pages of one chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Stretch {
-    pub(super) from: From,
-    pub(super) vaddr: u64,
-    pub(super) bytes: u64,
+pub(crate) struct Stretch {
+    pub(crate) from: From,
+    pub(crate) vaddr: u64,
+    pub(crate) bytes: u64,
 }
 
 impl Stretch {
     /// Which chunk it is in: one has the pages of one aligned block of addresses, so that a page that is new
     /// in the next generation changes the chunk that it is in, and shifts no other.
-    pub(super) fn block(&self) -> u64 {
+    pub(crate) fn block(&self) -> u64 {
         self.vaddr / CHUNK as u64
     }
 }
 
 /// A new pages file.
 #[derive(Debug)]
-pub(super) struct Plan {
-    pub(super) pages: PathBuf,
+pub(crate) struct Plan {
+    pub(crate) pages: PathBuf,
     /// In the file's order, each of whole chunks, and of no more than a thread's buffer holds.
-    pub(super) pieces: Vec<Vec<Stretch>>,
+    pub(crate) pieces: Vec<Vec<Stretch>>,
     /// Whether any of it comes from the task.
-    pub(super) left_behind: bool,
+    pub(crate) left_behind: bool,
     /// Where the flags of the lazy runs are.
     flags_at: Vec<u64>,
     /// Bytes of the last piece.
@@ -53,7 +53,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn read(criu_dir: &Path, path: &Path) -> Result<Self, PagesError> {
+    pub(crate) fn read(criu_dir: &Path, path: &Path) -> Result<Self, PagesError> {
         let page_size = rustix::param::page_size() as u64;
         let mut map = Pagemap::open(path)?;
         let mut plan = Self {
@@ -136,7 +136,7 @@ fn flags_at(path: &Path, run: &Run) -> Result<u64, CriuImageError> {
 
 /// Says in the pagemap that the lazy runs are in the pages file now. 2 becomes 6: the same length, so the
 /// bytes are changed in place.
-pub(super) fn mark_present(path: &Path, plan: &Plan) -> Result<(), PagesError> {
+pub(crate) fn mark_present(path: &Path, plan: &Plan) -> Result<(), PagesError> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)

@@ -62,6 +62,17 @@ pub struct Small {
     pub etag: Option<String>,
 }
 
+/// An object, as a listing tells of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Object {
+    /// Its key, below the prefix.
+    pub key: String,
+    /// Its bytes.
+    pub size: u64,
+    /// When it was written, in seconds since 1970 by the store's clock; none where the store does not say.
+    pub modified: Option<i64>,
+}
+
 /// What lies below a prefix of a bucket.
 #[derive(Debug)]
 pub struct Bucket {
@@ -475,14 +486,23 @@ impl Bucket {
     /// The keys that begin with `start`, at most `max` of them, in the store's order.
     ///
     /// # Errors
-    /// What the store says; [`S3Error::Answer`] for one that has more, or whose listing does not end.
+    /// As [`Bucket::objects`].
     pub async fn list(&self, start: &str, max: usize) -> Result<Vec<String>, S3Error> {
+        let objects = self.objects(start, max).await?;
+        Ok(objects.into_iter().map(|object| object.key).collect())
+    }
+
+    /// The objects whose keys begin with `start`, at most `max` of them, in the store's order.
+    ///
+    /// # Errors
+    /// What the store says; [`S3Error::Answer`] for one that has more, or whose listing does not end.
+    pub async fn objects(&self, start: &str, max: usize) -> Result<Vec<Object>, S3Error> {
         let doing = || format!("listing {}", self.uri(start));
         let refuse = |answer: String| S3Error::Answer {
             doing: doing(),
             answer,
         };
-        let mut keys = Vec::new();
+        let mut found = Vec::new();
         let mut token: Option<String> = None;
         // A page has up to 1,000 keys; one without any is no reason to go on for ever.
         for _ in 0..=max / 1000 + 100 {
@@ -495,17 +515,46 @@ impl Bucket {
             for object in page.contents() {
                 // A store may list what it was not asked for.
                 let key = object.key().and_then(|key| key.strip_prefix(&self.prefix));
-                keys.extend(key.filter(|key| key.starts_with(start)).map(str::to_owned));
+                found.extend(key.filter(|key| key.starts_with(start)).map(|key| {
+                    Object {
+                        key: key.to_owned(),
+                        size: object
+                            .size()
+                            .and_then(|n| u64::try_from(n).ok())
+                            .unwrap_or(0),
+                        modified: object
+                            .last_modified()
+                            .map(aws_sdk_s3::primitives::DateTime::secs),
+                    }
+                }));
             }
-            if keys.len() > max {
+            if found.len() > max {
                 return Err(refuse(format!("there are more than {max}")));
             }
             token = page.next_continuation_token().map(str::to_owned);
             if !page.is_truncated().unwrap_or_default() || token.is_none() {
-                return Ok(keys);
+                return Ok(found);
             }
         }
         Err(refuse("the store's pages do not end".to_owned()))
+    }
+}
+
+impl Bucket {
+    /// Removes an object; one that is not there is removed.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn delete(&self, key: &str) -> Result<(), S3Error> {
+        let doing = || format!("removing {}", self.uri(key));
+        let sent = persist(self.limits.tuning, &doing, || {
+            let delete = self.client.delete_object().bucket(&self.name);
+            delete.key(self.key(key)).send()
+        });
+        match sent.await {
+            Ok(_) | Err(S3Error::Missing { .. }) => Ok(()),
+            Err(other) => Err(other),
+        }
     }
 }
 

@@ -25,8 +25,10 @@ use crate::{
 mod diff;
 mod fetch;
 mod gc;
+mod import;
 mod oci;
 pub(crate) mod opened;
+mod remote;
 mod show;
 
 const EXAMPLES: &str = "\
@@ -40,10 +42,14 @@ Examples:
   rekindle image pull oci:/mnt/images
   rekindle image push team-a/warm s3://images/
   rekindle image fetch team-a/warm
+  rekindle image import checkpoint-pod_ns-main.tar --name warm
+  rekindle image export team-a/warm warm.tar
   rekindle image verify team-a/warm@3
   rekindle image rm team-a/warm@1
+  rekindle image rm s3://images/:team-a/warm@1764237600-9f86d081884c
   rekindle image gc --dry-run
   rekindle image gc --keep 2 --idle 72h --quota 200GiB
+  rekindle image gc s3://images/ --keep 3
 
 An image is named [NAMESPACE/]NAME[@GENERATION]. Without a generation, show and verify mean the newest,
 and rm means all of them. Without a namespace all are searched, and the name must be in one only.
@@ -89,11 +95,42 @@ A restore does the same by itself. The image is verified before it appears, and 
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 neither here nor in the tier.";
 
+const ARCHIVE_EXAMPLES: &str = "\
+Examples:
+  rekindle image import /var/lib/kubelet/checkpoints/checkpoint-web_team-a-main-2026-11-27T10:00:00Z.tar --name warm
+  ctr containers checkpoint --image --rw --task localhost/demo demo && ctr images export demo.tar localhost/demo
+  rekindle image import demo.tar --namespace default --name demo --json
+  rekindle image export team-a/warm@3 /tmp/warm.tar
+
+An imported image is encrypted where its namespace has a key. What the archive does not say is told, and kept as
+unknown: a restore of it is refused, unless its pod says `rekindle.dev/restore-force: host`.
+An exported one is in clear, and in the form that containerd's CRI (2.1 and later) restores where a container's
+image is the path of such a file. The file appears when all of it is there; one that is there is not replaced.
+
+Exit codes: 0 done, 1 failed or refused for what it is, 2 wrong usage, 3 refused (no name, or --plain is missing),
+4 no such image.";
+
+const REMOTE_EXAMPLES: &str = "\
+Examples:
+  rekindle image rm team-a/warm@1
+  rekindle image ls s3://images/          # the tags that there are
+  rekindle image rm s3://images/:team-a/warm@1764237600-9f86d081884c
+  rekindle image rm s3://images/:team-a/warm      # all of that name
+
+The blobs of a tag of a bucket go with `rekindle image gc s3://images/`, a day after it.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused (in use; no tier of the configuration), 4 no such image or tag.";
+
 const GC_EXAMPLES: &str = "\
 Examples:
   rekindle image gc --dry-run             # what would go, by [images.retention] of the configuration
   rekindle image gc --keep 2 --idle 72h
   rekindle image gc -n team-a --quota 50GiB --json
+  rekindle image gc s3://images/ --keep 3 --dry-run
+  rekindle image gc s3://images/ --keep 3 --older-than 720h
+
+Of a bucket go the tags beyond the newest ones of each name, and then blobs that no tag needs: not before they, and
+the tags that needed them, have been gone for --grace. So uploads, and containers that still load, are not disturbed.
 
 Without rules, the least recently used generations go until a fifth of the disk is free, but for the newest
 of each name. What a container leases is never removed.
@@ -143,10 +180,16 @@ enum ImageCommand {
         #[arg(short, long, value_name = "NS")]
         namespace: Option<Namespace>,
     },
-    /// Remove an image: one generation, or all.
+    /// Remove an image: one generation, or all; or a tag of a bucket.
+    #[command(after_help = REMOTE_EXAMPLES)]
     Rm {
-        #[command(flatten)]
-        which: Which,
+        /// The image: [NAMESPACE/]NAME[@GENERATION]. Or a tag as `image ls` tells it of a bucket that [[images.tier]]
+        /// names: s3://BUCKET/PREFIX/:TAG, and without @… all of that name.
+        #[arg(value_name = "IMAGE")]
+        image: remote::Doomed,
+        /// Look in this namespace.
+        #[arg(short, long, value_name = "NS")]
+        namespace: Option<Namespace>,
         /// Also while a container is being restored from it. One that still loads its memory keeps the
         /// bytes until it has them.
         #[arg(long)]
@@ -159,6 +202,13 @@ enum ImageCommand {
     /// Take an image out of an OCI image layout or a registry, verify it, and make it the next generation.
     #[command(after_help = OCI_EXAMPLES)]
     Pull(oci::PullArgs),
+    /// Make an image of a checkpoint archive: the kubelet's, or what `ctr images export` writes of `ctr containers
+    /// checkpoint`.
+    #[command(after_help = ARCHIVE_EXAMPLES)]
+    Import(import::ImportArgs),
+    /// Write an image as a checkpoint archive, which containerd's CRI restores.
+    #[command(after_help = ARCHIVE_EXAMPLES)]
+    Export(import::ExportArgs),
     /// Have the newest image of a name on this node: fetch it from its namespace's tier, if it is not here.
     #[command(after_help = FETCH_EXAMPLES)]
     Fetch(fetch::FetchArgs),
@@ -193,13 +243,27 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
         ImageCommand::Show { which, json } => show::run(&store, config, &which, json),
         ImageCommand::Push(args) => oci::push(&store, config, &args),
         ImageCommand::Pull(args) => oci::pull(&store, config, &args),
+        ImageCommand::Import(args) => import::import(&store, config, &args),
+        ImageCommand::Export(args) => import::export(&store, config, &args),
         ImageCommand::Fetch(args) => fetch::run(&store, config, &args),
         ImageCommand::Diff(args) => diff::run(&store, config, &args),
         ImageCommand::Verify { images, namespace } => {
             verify(&store, config, &images, namespace.as_ref())
         }
-        ImageCommand::Rm { which, force } => rm(&store, &which, force),
-        ImageCommand::Gc(args) => gc::run(&store, config, &args),
+        ImageCommand::Rm {
+            image: remote::Doomed::Tag(place),
+            namespace,
+            ..
+        } => remote::rm(config, &place, namespace.as_ref()),
+        ImageCommand::Rm {
+            image: remote::Doomed::Image(image),
+            namespace,
+            force,
+        } => rm(&store, &Which { image, namespace }, force),
+        ImageCommand::Gc(args) => match &args.place {
+            Some(place) => remote::gc(config, place, &args),
+            None => gc::run(&store, config, &args),
+        },
     })
 }
 

@@ -18,6 +18,7 @@ use proxy::{Lie, Op, Proxy, Request};
 mod begun;
 mod nodes;
 mod proxy;
+mod removed;
 
 #[test]
 fn an_image_travels_and_a_folder_with_the_same_bytes_is_a_layout() {

@@ -22,15 +22,19 @@ use crate::output;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct GcArgs {
+    /// A bucket that [[images.tier]] names, s3://BUCKET/PREFIX/ [default: this node's images].
+    #[arg(value_name = "PLACE", conflicts_with_all = ["idle", "quota"])]
+    pub(super) place: Option<super::oci::Place>,
     /// Say what would be removed, and remove nothing.
     #[arg(long)]
-    dry_run: bool,
+    pub(super) dry_run: bool,
     /// Print one JSON object.
     #[arg(long)]
-    json: bool,
-    /// Keep so many generations of each name, at least 1 [default: images.retention.keep].
+    pub(super) json: bool,
+    /// Keep so many generations of each name, at least 1 [default: images.retention.keep; of a
+    /// bucket all].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    keep: Option<u32>,
+    pub(super) keep: Option<u32>,
     /// Remove what no container was started from for this long (90s, 5m, 72h), but for the newest generation of a
     /// name [default: images.retention.idle].
     #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
@@ -41,7 +45,13 @@ pub(super) struct GcArgs {
     quota: Option<u64>,
     /// Look at the images of this namespace only.
     #[arg(short, long, value_name = "NS")]
-    namespace: Option<Namespace>,
+    pub(super) namespace: Option<Namespace>,
+    /// Of a bucket: remove tags of images that were made longer ago (720h), but for the newest one of each name.
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse, requires = "place")]
+    pub(super) older_than: Option<Duration>,
+    /// Of a bucket: how long blobs stay that no tag needs any more.
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse, default_value = "24h", requires = "place")]
+    pub(super) grace: Duration,
 }
 
 impl GcArgs {

@@ -26,12 +26,12 @@ use crate::{exit::Failure, keys, output, tier};
 /// `docker://HOST[:PORT]/REPOSITORY[:TAG|@DIGEST]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
-    at: At,
-    tag: Option<String>,
+    pub(super) at: At,
+    pub(super) tag: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum At {
+pub(super) enum At {
     Folder(PathBuf),
     /// What an `[[images.tier]]` has to name.
     Away(ImagePlace),
