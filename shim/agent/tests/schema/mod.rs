@@ -18,18 +18,20 @@ fn name(args: &[&str]) -> Option<&'static str> {
         .copied()
         .filter(|word| !word.starts_with('-'))
         .collect();
+    let elsewhere = words.iter().any(|word| word.contains("://"));
     match words.as_slice() {
         ["checkpoint", ..] => Some("checkpoint"),
         ["restore", ..] => Some("restore"),
         ["prefetch", ..] => Some("prefetch"),
         ["dataset", "ls", ..] => Some("dataset-ls"),
-        ["image", "ls", rest @ ..] => match rest.iter().any(|word| word.contains("://")) {
-            true => Some("image-ls-tier"),
-            false => Some("image-ls"),
-        },
+        ["image", "ls", ..] if elsewhere => Some("image-ls-tier"),
+        ["image", "ls", ..] => Some("image-ls"),
         ["image", "show", ..] => Some("image-show"),
         ["image", "diff", ..] => Some("image-diff"),
+        ["image", "gc", ..] if elsewhere => Some("image-gc-tier"),
         ["image", "gc", ..] => Some("image-gc"),
+        ["image", "import", ..] => Some("image-import"),
+        ["image", "export", ..] => Some("image-export"),
         ["image", "push", ..] => Some("image-push"),
         ["image", "pull", ..] => Some("image-pull"),
         ["image", "fetch", ..] => Some("image-fetch"),
