@@ -138,6 +138,7 @@ images! {
             an_image_whose_containers_end_early_goes_into_quarantine
             of_many_at_once_one_makes_it
             pods_of_one_deployment_share_it
+            a_pod_that_is_ready_is_imaged
         }
         command {
             an_image_is_shown
@@ -168,6 +169,9 @@ images! {
         }
         sealed {
             another_key_or_none_is_refused
+        }
+        warming {
+            without_a_kubeconfig_no_image_is_made
         }
         refused {
             under_a_configuration_that_is_wrong
