@@ -21,6 +21,7 @@ pub mod contents;
 pub mod criu_image;
 pub mod deleted;
 pub mod fit;
+pub mod gpu;
 pub mod image;
 pub mod layout;
 pub mod manifest;
@@ -36,7 +37,7 @@ pub mod warm;
 
 pub use chunks::Key;
 pub use image::{
-    ImageError, ImageStore, Order, Partial, Request, SealedImage, StagedImage, VerifiedImage,
+    ImageError, ImageStore, Order, Partial, Request, SealedImage, StagedImage, Steps, VerifiedImage,
 };
 pub use manifest::{Facts, Manifest};
 pub use page_server::PageServerLink;

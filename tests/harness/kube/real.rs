@@ -28,8 +28,8 @@ impl Real {
         let pair = pki.server()?;
         for (name, text) in [
             ("ca.pem", pki.ca_pem.as_str()),
-            ("server.pem", &pair.certificate_pem),
-            ("server.key", &pair.key_pem),
+            ("server.pem", pair.certificate_pem.as_str()),
+            ("server.key", pair.key_pem.as_str()),
         ] {
             fs::write(folder.path().join(name), text)?;
         }

@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
-use hyper::header::CONTENT_TYPE;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -306,13 +306,14 @@ impl Cluster {
         });
         let body = StreamBody::new(lines).boxed_unsync();
         let mut answer = Response::new(body);
-        answer.headers_mut().insert(CONTENT_TYPE, JSON);
+        answer.headers_mut().insert(CONTENT_TYPE, json_body());
         answer
     }
 }
 
-const JSON: hyper::header::HeaderValue =
-    hyper::header::HeaderValue::from_static("application/json");
+fn json_body() -> HeaderValue {
+    HeaderValue::from_static("application/json")
+}
 
 /// The frames of a body that a task writes.
 fn async_stream<F>(
@@ -332,7 +333,7 @@ where
 fn whole(code: StatusCode, value: &Value) -> Answer {
     let mut answer = Response::new(Full::new(Bytes::from(value.to_string())).boxed_unsync());
     *answer.status_mut() = code;
-    answer.headers_mut().insert(CONTENT_TYPE, JSON);
+    answer.headers_mut().insert(CONTENT_TYPE, json_body());
     answer
 }
 

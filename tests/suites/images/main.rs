@@ -145,6 +145,8 @@ images! {
             an_image_is_removed
             a_damaged_image_is_told
             no_image_is_made_of_a_container_that_is_missing
+            a_container_is_suspended_and_resumed
+            one_with_gpu_devices_is_not_suspended
         }
         like {
             a_container_like_another_one_goes_on_from_its_image
@@ -166,6 +168,7 @@ images! {
     alone {
         api {
             a_checkpoint_is_made_by_a_call
+            a_container_is_suspended_resumed_and_restored_by_calls
         }
         sealed {
             another_key_or_none_is_refused

@@ -149,6 +149,9 @@ enum ImageCommand {
         /// bytes until it has them.
         #[arg(long)]
         force: bool,
+        /// Print one line of JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Copy an image into an OCI image layout, in a folder or a bucket. What is there already is not written again.
     #[command(after_help = OCI_EXAMPLES)]
@@ -195,7 +198,7 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
         ImageCommand::Verify { images, namespace } => {
             verify(&store, config, &images, namespace.as_ref())
         }
-        ImageCommand::Rm { which, force } => rm(&store, &which, force),
+        ImageCommand::Rm { which, force, json } => rm(&store, &which, force, json),
         ImageCommand::Gc(args) => gc::run(&store, config, &args),
     })
 }
@@ -364,7 +367,16 @@ fn bar(reference: &str, bytes: u64) -> ProgressBar {
     bar
 }
 
-fn rm(store: &ImageStore, which: &Which, force: bool) -> anyhow::Result<ExitCode> {
+fn rm(store: &ImageStore, which: &Which, force: bool, json: bool) -> anyhow::Result<ExitCode> {
+    let told = |removed: &[String]| match json {
+        true => output::json(&json!({"removed": removed})),
+        false => {
+            removed
+                .iter()
+                .for_each(|image| output::line(format!("removed {image}")));
+            Ok(())
+        }
+    };
     let (name, generation) = (&which.image.name, which.image.generation);
     let namespace = match locate(store, &which.image, which.namespace.as_ref()) {
         Ok((namespace, _)) => namespace,
@@ -375,7 +387,12 @@ fn rm(store: &ImageStore, which: &Which, force: bool) -> anyhow::Result<ExitCode
                 Some(namespace)
                     if generation.is_none() && store.forget_warm(namespace, name)? =>
                 {
-                    output::line(format!("forgot what was known of {namespace}/{name}"));
+                    match json {
+                        true => told(&[])?,
+                        false => {
+                            output::line(format!("forgot what was known of {namespace}/{name}"))
+                        }
+                    }
                     return Ok(ExitCode::SUCCESS);
                 }
                 _ => return Err(error),
@@ -385,9 +402,11 @@ fn rm(store: &ImageStore, which: &Which, force: bool) -> anyhow::Result<ExitCode
     let removed = store
         .remove(&namespace, name, generation, force)
         .map_err(failure)?;
-    for generation in removed {
-        output::line(format!("removed {namespace}/{name}@{generation}"));
-    }
+    let removed = removed.iter();
+    let removed: Vec<String> = removed
+        .map(|generation| format!("{namespace}/{name}@{generation}"))
+        .collect();
+    told(&removed)?;
     Ok(ExitCode::SUCCESS)
 }
 
