@@ -14,7 +14,7 @@ CONTAINERD := github.com/containerd/containerd/v2@v2.1.9
 BUILT := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-build build node test test-unit test-suites test-machine test-dist fuzz soak parity lint demo bench dist dist-shim clean-cache
+.PHONY: help deps deps-build build node test test-unit test-suites test-machine test-dist test-kube fuzz soak parity lint demo bench dist dist-shim clean-cache
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,10 +64,18 @@ test-unit: ## unit tests only: no root, no node
 	$(CARGO) test --workspace --exclude rekindle-tests
 
 test-suites: build ## the suites that need a real containerd (as root)
-	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test data --test agent --test registry --test node --test torch --test vm
+	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test data --test agent --test registry --test apiserver --test node --test torch --test vm
 
 test-dist: deps build dist-shim ## the lifecycle suite on the shim that make dist makes (as root)
 	REKINDLE_BIN_DIR="$(CURDIR)/dist" REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle
+
+# Which is not among what CI runs: to build an apiserver takes longer than all of its tests.
+KUBE := $${REKINDLE_CACHE:-/var/cache/rekindle-test}/kube
+KUBE_VERSION := $(shell sed -n 's/^\tk8s.io\/kubernetes \(v[0-9.]*\)$$/\1/p' tests/kube/go.mod)
+
+test-kube: build ## the apiserver suite on a real kube-apiserver and etcd, built from their Go modules (minutes; no root)
+	tests/kube/build.sh "$(KUBE)"
+	REKINDLE_KUBE="$(KUBE)/$(KUBE_VERSION)" $(CARGO) test --workspace --test apiserver
 
 # What it finds on its way stays below the fuzzer's own target/: the corpus is what make test-unit tries, and small.
 FUZZ_SECONDS ?= 60

@@ -13,6 +13,7 @@ pub mod fifo;
 pub mod halting;
 mod http;
 pub mod images;
+pub mod kube;
 pub mod model;
 pub mod node;
 pub mod options;

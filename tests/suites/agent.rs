@@ -497,9 +497,16 @@ async fn its_api_tells_what_there_is_and_what_it_does() {
     assert!(seen.iter().all(|event| event.time > 1_700_000_000));
     assert_eq!(node.here("team-a"), [4]);
 
-    // And what is here no more comes back.
-    let rm = ["image", "rm", "team-a/warm"];
-    assert!(node.rekindle("node", &rm).status().unwrap().success());
+    // What is removed by a call comes back by another one, and who watches hears of it.
+    let mut remove = agent::RemoveRequest::new();
+    (remove.namespace, remove.name) = ("team-a".to_owned(), "warm".to_owned());
+    remove.generation = 9;
+    let (code, said) = refusal(client.remove(within(), &remove).await);
+    assert_eq!(code, ttrpc::Code::NOT_FOUND, "{said}");
+    remove.generation = 0;
+    let removed = client.remove(within(), &remove).await.unwrap();
+    assert_eq!(removed.images, ["team-a/warm@4"]);
+    assert!(node.listed("team-a").is_empty());
     let mut fetch = agent::FetchRequest::new();
     (fetch.namespace, fetch.name) = ("team-a".to_owned(), "warm".to_owned());
     let fetched = client.fetch(within(), &fetch).await.unwrap();
@@ -507,6 +514,33 @@ async fn its_api_tells_what_there_is_and_what_it_does() {
         (fetched.image.as_str(), fetched.hit),
         ("team-a/warm@5", false)
     );
+    let mut heard = async |wanted: Kind| {
+        let mut before = Vec::new();
+        loop {
+            let event = watching.recv().await.unwrap().unwrap();
+            if event.kind.enum_value() == Ok(wanted) {
+                return (before, event);
+            }
+            before.push(event);
+        }
+    };
+    let limit = Duration::from_secs(60);
+    let (before, failed) = tokio::time::timeout(limit, heard(Kind::FAILED))
+        .await
+        .unwrap();
+    assert!(before.is_empty(), "{before:?}");
+    assert_eq!(failed.image, "team-a/warm@9");
+    let (before, fetched) = tokio::time::timeout(limit, heard(Kind::FETCHED))
+        .await
+        .unwrap();
+    assert_eq!(fetched.image, "team-a/warm@5");
+    assert!(fetched.total >= BYTES as u64, "{fetched:?}");
+    let of_it = |event: &agent::Event| {
+        event.kind.enum_value() == Ok(Kind::FETCHING) && event.image.starts_with("team-a/warm")
+    };
+    assert!(!before.is_empty() && before.iter().all(of_it), "{before:?}");
+    let whole = before.iter().any(|event| event.total >= BYTES as u64);
+    assert!(whole, "nothing of how far it is: {before:?}");
     assert!(client.fetch(within(), &fetch).await.unwrap().hit);
     fetch.name = "never-made".to_owned();
     let (code, said) = refusal(client.fetch(within(), &fetch).await);
@@ -520,12 +554,31 @@ async fn its_api_tells_what_there_is_and_what_it_does() {
     // There is no containerd here; that is what it says.
     let mut checkpoint = agent::CheckpointRequest::new();
     (checkpoint.container, checkpoint.name) = ("--help".to_owned(), "warm".to_owned());
-    let (code, said) = refusal(client.checkpoint(within(), &checkpoint).await);
-    assert_eq!(code, ttrpc::Code::UNKNOWN, "{said}");
-    assert!(
-        said.contains("is it running, and is this its socket?"),
-        "{said}"
-    );
+    let mut restore = agent::RestoreRequest::new();
+    (restore.image, restore.id) = ("team-a/warm".to_owned(), "--help".to_owned());
+    restore.like = "--force".to_owned();
+    let mut suspend = agent::SuspendRequest::new();
+    suspend.container = "--help".to_owned();
+    let mut resume = agent::ResumeRequest::new();
+    resume.container = "--help".to_owned();
+    for (code, said) in [
+        refusal(client.checkpoint(within(), &checkpoint).await),
+        refusal(client.restore(within(), &restore).await),
+        refusal(client.suspend(within(), &suspend).await),
+        refusal(client.resume(within(), &resume).await),
+    ] {
+        assert_eq!(code, ttrpc::Code::UNKNOWN, "{said}");
+        assert!(
+            said.contains("is it running, and is this its socket?"),
+            "{said}"
+        );
+    }
+    restore.image = "../x".to_owned();
+    let (code, said) = refusal(client.restore(within(), &restore).await);
+    assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{said}");
+    restore.image = "team-a/never-made".to_owned();
+    let (code, said) = refusal(client.restore(within(), &restore).await);
+    assert_eq!(code, ttrpc::Code::NOT_FOUND, "{said}");
     running.kill().unwrap();
     running.wait().unwrap();
 }

@@ -44,7 +44,7 @@ pub(crate) use arriving::Arriving;
 pub use folder::Scratch;
 pub use incoming::{Origin, Source};
 pub use inventory::{Evicted, Leftovers};
-pub use partial::{Order, Partial, Request};
+pub use partial::{Order, Partial, Request, Steps};
 pub(crate) use store::open_regular;
 pub use store::{ImageStore, Listed, SealedImage};
 pub use verify::{StagedImage, VerifiedImage};

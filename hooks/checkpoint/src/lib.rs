@@ -23,6 +23,7 @@ pub mod deleted;
 pub mod fit;
 #[cfg(feature = "archives")]
 pub mod foreign;
+pub mod gpu;
 pub mod image;
 pub mod layout;
 pub mod manifest;
@@ -38,7 +39,7 @@ pub mod warm;
 
 pub use chunks::Key;
 pub use image::{
-    ImageError, ImageStore, Order, Partial, Request, SealedImage, StagedImage, VerifiedImage,
+    ImageError, ImageStore, Order, Partial, Request, SealedImage, StagedImage, Steps, VerifiedImage,
 };
 pub use manifest::{Facts, Manifest};
 pub use page_server::PageServerLink;

@@ -5,24 +5,16 @@
 
 use std::{
     collections::HashSet,
-    fs, io,
-    os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
-    process::Stdio,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context as _, bail};
-use futures::{Stream, stream};
+use anyhow::Context as _;
 use rekindle_checkpoint::ImageStore;
-use rekindle_core::name::{ImageName, Namespace};
+use rekindle_core::name::{ImageName, ImageRef, Namespace};
 use serde_json::Value;
-use tokio::{
-    net::{UnixListener, UnixStream, unix::UCred},
-    process::Command,
-    sync::{broadcast, mpsc, oneshot},
-};
+use tokio::sync::{broadcast, mpsc, oneshot};
 use ttrpc::{
     Code,
     r#async::{Server, ServerStreamSender, TtrpcContext, transport::Listener},
@@ -36,17 +28,20 @@ mod agent;
 #[allow(warnings, clippy::all, reason = "generated")]
 mod agent_ttrpc;
 
+mod commands;
+mod socket;
+
 use agent::{
     CheckpointRequest, CheckpointResponse, FetchRequest, FetchResponse, Image, ImagesRequest,
-    ImagesResponse, RoundRequest, RoundResponse, WatchRequest,
+    ImagesResponse, RemoveRequest, RemoveResponse, RestoreRequest, RestoreResponse, ResumeRequest,
+    ResumeResponse, RoundRequest, RoundResponse, SuspendRequest, SuspendResponse, WatchRequest,
 };
 pub(crate) use agent::{Event, event::Kind};
 use agent_ttrpc::create_agent;
+use commands::{Commands, Telling};
 
 /// Events that are kept for who is slow; a round has some for each image.
 const BACKLOG: usize = 1024;
-/// Before the next try where the kernel has no descriptor left for a connection.
-const EXHAUSTED: Duration = Duration::from_millis(100);
 
 /// What the agent tells of itself.
 #[derive(Debug, Clone)]
@@ -90,147 +85,40 @@ pub(crate) type Asked = oneshot::Sender<u32>;
 
 struct Service {
     store: ImageStore,
-    told: Told,
+    commands: Commands,
     rounds: mpsc::Sender<Asked>,
-    /// Of this process: its commands read it too.
-    config: Option<PathBuf>,
 }
 
-/// Serves at `socket` while the answer lives; and the rounds that are asked for.
+/// Serves at `path` while the answer lives; and the rounds that are asked for.
 pub(crate) async fn serve(
-    socket: &Path,
+    path: &Path,
     group: Option<&str>,
     store: &ImageStore,
     told: &Told,
     config: Option<&Path>,
 ) -> anyhow::Result<(Server, mpsc::Receiver<Asked>)> {
-    let group = group.map(gid).transpose()?;
+    let group = group.map(socket::gid).transpose()?;
     let listener =
-        bind(socket, group).with_context(|| format!("serving at {}", socket.display()))?;
+        socket::bind(path, group).with_context(|| format!("serving at {}", path.display()))?;
     let (rounds, asked) = mpsc::channel(16);
     let service = Arc::new(Service {
         store: store.clone(),
-        told: told.clone(),
+        commands: Commands {
+            told: told.clone(),
+            config: config.map(Path::to_owned),
+        },
         rounds,
-        config: config.map(Path::to_owned),
     });
     let mut server = Server::new()
-        .add_listener(Listener::new(admitted(listener, group)))
+        .add_listener(Listener::new(socket::admitted(listener, group)))
         .register_service(create_agent(service));
     server.start().await.context("serving the API")?;
-    tracing::info!(socket = %socket.display(), "serving");
+    tracing::info!(socket = %path.display(), "serving");
     Ok((server, asked))
-}
-
-/// The number of a group, which is a name of `/etc/group` or the number itself.
-fn gid(group: &str) -> anyhow::Result<u32> {
-    if let Ok(number) = group.parse() {
-        return Ok(number);
-    }
-    let file = "/etc/group";
-    let all = fs::read_to_string(file).with_context(|| format!("reading {file}"))?;
-    let found = all.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok())?
-    });
-    match found {
-        Some(number) => Ok(number),
-        None => bail!("agent.group = {group:?}: there is no such group in {file}"),
-    }
-}
-
-/// Nobody but whom the permissions of the socket name can connect to it.
-fn bind(socket: &Path, group: Option<u32>) -> io::Result<UnixListener> {
-    if let Some(folder) = socket.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    // Of one that was killed: whoever comes here holds the lock of the node's agent.
-    match fs::remove_file(socket) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let listener = UnixListener::bind(socket)?;
-    let mode = if group.is_some() { 0o660 } else { 0o600 };
-    fs::set_permissions(socket, fs::Permissions::from_mode(mode))?;
-    if group.is_some() {
-        std::os::unix::fs::chown(socket, None, group)?;
-        // The way to it, whatever the umask is; what lies beside it has permissions of its own.
-        if let Some(folder) = socket.parent() {
-            let mode = fs::metadata(folder)?.permissions().mode();
-            fs::set_permissions(folder, fs::Permissions::from_mode(mode | 0o011))?;
-        }
-    }
-    Ok(listener)
-}
-
-/// The connections of those who may.
-fn admitted(
-    listener: UnixListener,
-    group: Option<u32>,
-) -> impl Stream<Item = io::Result<UnixStream>> + Send + 'static {
-    stream::unfold(listener, move |listener| async move {
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => match stream.peer_cred() {
-                    Ok(peer) if admits(&peer, group) => return Some((Ok(stream), listener)),
-                    peer => tracing::warn!(?peer, "a caller of the API was refused"),
-                },
-                Err(error) => {
-                    tracing::warn!(%error, "taking in a caller of the API");
-                    tokio::time::sleep(EXHAUSTED).await;
-                }
-            }
-        }
-    })
-}
-
-/// Root, whom the agent runs as, and members of the group.
-fn admits(peer: &UCred, group: Option<u32>) -> bool {
-    if peer.uid() == 0 || peer.uid() == rustix::process::geteuid().as_raw() {
-        return true;
-    }
-    let Some(group) = group else { return false };
-    peer.gid() == group || peer.pid().is_some_and(|pid| groups(pid).contains(&group))
-}
-
-/// The further groups of a process; none where it is gone.
-fn groups(pid: i32) -> Vec<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("Groups:"));
-    let numbers = line.unwrap_or_default().split_whitespace();
-    numbers.filter_map(|number| number.parse().ok()).collect()
 }
 
 fn refused(code: Code, reason: impl std::fmt::Display) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, reason.to_string()))
-}
-
-impl Service {
-    /// `rekindle …`: the last line that it prints, as JSON.
-    async fn command(&self, args: &[&str]) -> ttrpc::Result<Value> {
-        let failed = |e: &dyn std::fmt::Display| refused(Code::INTERNAL, e);
-        let program = std::env::current_exe().map_err(|e| failed(&e))?;
-        let mut command = Command::new(program);
-        if let Some(config) = &self.config {
-            command.arg("--config").arg(config);
-        }
-        // A caller that is gone ends nothing: what was begun is whole, or nothing of it.
-        let output = command.args(args).stdin(Stdio::null()).output().await;
-        let output = output.map_err(|e| failed(&e))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            let code = match output.status.code() {
-                Some(2) => Code::INVALID_ARGUMENT,
-                Some(3) => Code::FAILED_PRECONDITION,
-                Some(4) => Code::NOT_FOUND,
-                _ => Code::UNKNOWN,
-            };
-            return Err(refused(code, said.trim().trim_start_matches("rekindle: ")));
-        }
-        let said = String::from_utf8_lossy(&output.stdout);
-        let last = said.lines().last().unwrap_or_default();
-        serde_json::from_str(last).map_err(|e| failed(&e))
-    }
 }
 
 /// `key: value` of a request, which has to be a name.
@@ -238,6 +126,46 @@ fn name<T: std::str::FromStr<Err: std::fmt::Display>>(value: &str) -> ttrpc::Res
     value
         .parse()
         .map_err(|e| refused(Code::INVALID_ARGUMENT, e))
+}
+
+fn text(answer: &Value, key: &str) -> String {
+    answer[key].as_str().unwrap_or_default().to_owned()
+}
+
+impl Service {
+    async fn run(
+        &self,
+        args: &[&str],
+        progress: Option<Kind>,
+        about: Event,
+    ) -> ttrpc::Result<Value> {
+        self.commands.run(args, Telling { progress, about }).await
+    }
+
+    /// Suspends or resumes a container; its id, and whether there was nothing to do.
+    async fn change(
+        &self,
+        command: &str,
+        container: &str,
+        kind: Kind,
+    ) -> ttrpc::Result<(String, bool)> {
+        let about = Event {
+            container: container.to_owned(),
+            ..Event::default()
+        };
+        let args = [command, "--json", "--", container];
+        let answer = self.run(&args, None, about).await?;
+        let container = text(&answer, "container");
+        let already = answer["already"].as_bool().unwrap_or_default();
+        if !already {
+            let changed = Event {
+                container: container.clone(),
+                ..Event::default()
+            };
+            self.commands.told.event(kind, changed);
+        }
+        Ok((container, already))
+    }
 }
 
 #[async_trait::async_trait]
@@ -266,6 +194,7 @@ impl agent_ttrpc::Agent for Service {
             last_used: held.last_used,
             in_use: held.in_use,
             replicated: self
+                .commands
                 .told
                 .replicated(|all| all.contains(&crate::agent::reference(held))),
             usable: held.usable,
@@ -283,8 +212,8 @@ impl agent_ttrpc::Agent for Service {
         _: WatchRequest,
         to: ServerStreamSender<Event>,
     ) -> ttrpc::Result<()> {
-        let mut events = self.told.events.subscribe();
-        let step = self.told.step.lock();
+        let mut events = self.commands.told.events.subscribe();
+        let step = self.commands.told.step.lock();
         let step = step.unwrap_or_else(PoisonError::into_inner).clone();
         if to.send(&step).await.is_err() {
             return Ok(());
@@ -312,38 +241,139 @@ impl agent_ttrpc::Agent for Service {
         request: CheckpointRequest,
     ) -> ttrpc::Result<CheckpointResponse> {
         let image = name::<ImageName>(&request.name)?;
-        let mut args = vec!["checkpoint", "--json", "--name", image.as_str()];
+        let mut args = vec!["checkpoint", "--json", "--progress"];
+        args.extend(["--name", image.as_str()]);
         args.extend(request.exit.then_some("--exit"));
         args.extend(request.keep_tcp.then_some("--keep-tcp"));
         args.extend(["--", request.container.as_str()]);
-        let answer = self.command(&args).await?;
-        let text = |key: &str| answer[key].as_str().unwrap_or_default().to_owned();
+        let about = Event {
+            container: request.container.clone(),
+            ..Event::default()
+        };
+        let answer = self
+            .run(&args, Some(Kind::CHECKPOINTING), about.clone())
+            .await?;
+        let image = text(&answer, "image");
+        let made = Event {
+            image: image.clone(),
+            total: answer["bytes"].as_u64().unwrap_or_default(),
+            ..about
+        };
+        self.commands.told.event(Kind::CHECKPOINTED, made);
         Ok(CheckpointResponse {
-            image: format!(
-                "{}/{}@{}",
-                text("namespace"),
-                text("name"),
-                answer["generation"]
-            ),
+            image,
             json: answer.to_string(),
             ..CheckpointResponse::default()
+        })
+    }
+
+    async fn restore(
+        &self,
+        _: &TtrpcContext,
+        request: RestoreRequest,
+    ) -> ttrpc::Result<RestoreResponse> {
+        let image = name::<ImageRef>(&request.image)?.to_string();
+        // In one word each, so that no value is taken for an option.
+        let like = format!("--like={}", request.like);
+        let namespace = format!("--containerd-namespace={}", request.containerd_namespace);
+        let mut args = vec!["restore", "--json", &like];
+        args.extend((!request.containerd_namespace.is_empty()).then_some(namespace.as_str()));
+        args.extend(request.force.then_some("--force"));
+        args.extend(["--", &image, &request.id]);
+        let about = Event {
+            container: request.id.clone(),
+            ..Event::default()
+        };
+        let answer = self.run(&args, None, about.clone()).await?;
+        let image = text(&answer, "image");
+        let restored = Event {
+            image: image.clone(),
+            ..about
+        };
+        self.commands.told.event(Kind::RESTORED, restored);
+        let pid = answer["pid"].as_u64().unwrap_or_default();
+        Ok(RestoreResponse {
+            image,
+            pid: u32::try_from(pid).unwrap_or_default(),
+            json: answer.to_string(),
+            ..RestoreResponse::default()
+        })
+    }
+
+    async fn suspend(
+        &self,
+        _: &TtrpcContext,
+        request: SuspendRequest,
+    ) -> ttrpc::Result<SuspendResponse> {
+        let changed = self.change("suspend", &request.container, Kind::SUSPENDED);
+        let (container, already) = changed.await?;
+        Ok(SuspendResponse {
+            container,
+            already,
+            ..SuspendResponse::default()
+        })
+    }
+
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: ResumeRequest,
+    ) -> ttrpc::Result<ResumeResponse> {
+        let changed = self.change("resume", &request.container, Kind::RESUMED);
+        let (container, already) = changed.await?;
+        Ok(ResumeResponse {
+            container,
+            already,
+            ..ResumeResponse::default()
+        })
+    }
+
+    async fn remove(
+        &self,
+        _: &TtrpcContext,
+        request: RemoveRequest,
+    ) -> ttrpc::Result<RemoveResponse> {
+        let namespace = name::<Namespace>(&request.namespace)?;
+        let mut image = name::<ImageName>(&request.name)?.to_string();
+        if request.generation > 0 {
+            image = format!("{image}@{}", request.generation);
+        }
+        let mut args = vec!["image", "rm", "--json", "-n", namespace.as_str()];
+        args.extend(request.force.then_some("--force"));
+        args.push(&image);
+        let about = Event {
+            image: format!("{namespace}/{image}"),
+            ..Event::default()
+        };
+        let answer = self.run(&args, None, about).await?;
+        let removed = answer["removed"].as_array().into_iter().flatten();
+        Ok(RemoveResponse {
+            images: removed
+                .filter_map(|image| Some(image.as_str()?.to_owned()))
+                .collect(),
+            ..RemoveResponse::default()
         })
     }
 
     async fn fetch(&self, _: &TtrpcContext, request: FetchRequest) -> ttrpc::Result<FetchResponse> {
         let namespace = name::<Namespace>(&request.namespace)?;
         let image = name::<ImageName>(&request.name)?;
-        let args = [
-            "image",
-            "fetch",
-            "--json",
-            "-n",
-            namespace.as_str(),
-            image.as_str(),
-        ];
-        let answer = self.command(&args).await?;
+        let about = Event {
+            image: format!("{namespace}/{image}"),
+            ..Event::default()
+        };
+        let (namespace, image) = (namespace.as_str(), image.as_str());
+        let args = ["image", "fetch", "--json", "-n", namespace, image];
+        let answer = self.run(&args, Some(Kind::FETCHING), about).await?;
+        let image = text(&answer, "image");
+        let fetched = Event {
+            image: image.clone(),
+            total: answer["bytes"].as_u64().unwrap_or_default(),
+            ..Event::default()
+        };
+        self.commands.told.event(Kind::FETCHED, fetched);
         Ok(FetchResponse {
-            image: answer["image"].as_str().unwrap_or_default().to_owned(),
+            image,
             hit: answer["hit"].as_bool().unwrap_or_default(),
             ..FetchResponse::default()
         })

@@ -37,6 +37,10 @@ pub(crate) enum Command {
     Checkpoint(commands::checkpoint::CheckpointArgs),
     /// Start another container like one that there is from an image.
     Restore(commands::restore::RestoreArgs),
+    /// Have a container stand still, with all of its memory.
+    Suspend(commands::suspend::SuspendArgs),
+    /// Have a suspended container go on.
+    Resume(commands::suspend::ResumeArgs),
     /// List, show, verify and remove images.
     Image(commands::image::ImageArgs),
     /// Fetch a dataset into this node's cache, and wait until it is there.

@@ -18,6 +18,7 @@ pub(crate) mod image;
 pub(crate) mod pager;
 pub(crate) mod prefetch;
 pub(crate) mod restore;
+pub(crate) mod suspend;
 pub(crate) mod userfaultfd;
 
 /// Runs what was asked for. The configuration is read only by the commands that obey it, so that a
@@ -27,6 +28,8 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Checkpoint(args) => checkpoint::run(args, &config()?).await,
         Command::Restore(args) => restore::run(args, &config()?).await,
+        Command::Suspend(args) => suspend::suspend(args).await,
+        Command::Resume(args) => suspend::resume(args).await,
         Command::Image(args) => image::run(args, &config()?).await,
         Command::Agent(args) => agent::run(&args, cli.config.as_deref(), config).await,
         Command::Prefetch(args) => prefetch::run(args, &config()?).await,

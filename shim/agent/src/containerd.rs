@@ -6,8 +6,8 @@ use anyhow::Context as _;
 use containerd_client::{
     services::v1::{
         CheckpointTaskRequest, GetContainerRequest, GetImageRequest, ListContainersRequest,
-        ListTasksRequest, containers_client::ContainersClient, images_client::ImagesClient,
-        tasks_client::TasksClient, version_client::VersionClient,
+        ListTasksRequest, PauseTaskRequest, ResumeTaskRequest, containers_client::ContainersClient,
+        images_client::ImagesClient, tasks_client::TasksClient, version_client::VersionClient,
     },
     tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel},
     types::v1::Status as TaskStatus,
@@ -25,6 +25,9 @@ use select::{Container, State};
 
 /// Where containerd listens unless it was told otherwise.
 pub(crate) const ADDRESS: &str = "/run/containerd/containerd.sock";
+
+/// Where a container is looked for when no namespace was named: Kubernetes' first, then ctr's.
+const NAMESPACES: [&str; 2] = ["k8s.io", "default"];
 
 /// How much later than here a deadline ends at the shim.
 const GRACE: Duration = Duration::from_secs(5);
@@ -103,6 +106,7 @@ impl Containerd {
             .map(|task| {
                 let state = State {
                     alive: matches!(task.status(), TaskStatus::Running | TaskStatus::Paused),
+                    paused: task.status() == TaskStatus::Paused,
                     word: task.status().as_str_name().to_lowercase(),
                     terminal: task.terminal,
                     pid: task.pid,
@@ -126,6 +130,25 @@ impl Containerd {
                 labels: container.labels.into_iter().collect(),
             })
             .collect())
+    }
+
+    /// The living container that a person means, of a namespace or of those where one would be; `doing` is what is to be
+    /// done with it.
+    pub(crate) async fn find(
+        &self,
+        query: &str,
+        namespace: Option<&str>,
+        doing: &str,
+    ) -> anyhow::Result<Container> {
+        let searched = match namespace {
+            Some(namespace) => vec![namespace],
+            None => NAMESPACES.to_vec(),
+        };
+        let mut containers = Vec::new();
+        for namespace in &searched {
+            containers.extend(self.containers(namespace).await?);
+        }
+        Ok(select::select(query, doing, &searched, containers)?)
     }
 
     /// One container by its full id; its state is not asked for.
@@ -168,6 +191,30 @@ impl Containerd {
         Ok(image
             .and_then(|image| image.target)
             .map(|target| target.digest))
+    }
+
+    /// Has all of its processes stand still.
+    pub(crate) async fn pause(&self, container: &Container) -> anyhow::Result<()> {
+        let request = PauseTaskRequest {
+            container_id: container.id.clone(),
+        };
+        let mut tasks = TasksClient::new(self.channel.clone());
+        let paused = tasks.pause(within(&container.namespace, request)?).await;
+        let doing = || format!("suspending container {}", container.id);
+        paused.map_err(|status| failure(&doing(), &status))?;
+        Ok(())
+    }
+
+    /// Has them go on.
+    pub(crate) async fn resume(&self, container: &Container) -> anyhow::Result<()> {
+        let request = ResumeTaskRequest {
+            container_id: container.id.clone(),
+        };
+        let mut tasks = TasksClient::new(self.channel.clone());
+        let resumed = tasks.resume(within(&container.namespace, request)?).await;
+        let doing = || format!("resuming container {}", container.id);
+        resumed.map_err(|status| failure(&doing(), &status))?;
+        Ok(())
     }
 
     /// Asks for a checkpoint. Only the shim's own words come back when it refuses.

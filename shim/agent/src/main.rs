@@ -7,6 +7,7 @@
 mod agent;
 mod api;
 mod cli;
+mod cluster;
 mod commands;
 mod config;
 mod containerd;

@@ -94,6 +94,7 @@ fn every_key_of_the_configuration_is_documented_and_no_other() {
         ("`[warm-start]`", "[warm-start]"),
         ("`[deadlines]`", "[deadlines]"),
         ("`[agent]`", "[agent]"),
+        ("`[kubernetes]`", "[kubernetes]"),
     ] {
         // serde lists the keys there are when it meets one that there is not.
         let error = NodeConfig::parse("", &format!("{table}\nno-such-key = 1\n")).unwrap_err();

@@ -13,10 +13,12 @@ use crate::{
 };
 
 mod access;
+mod kubernetes;
 mod retention;
 mod tier;
 
 pub use access::S3Access;
+pub use kubernetes::Kubernetes;
 pub use retention::Retention;
 pub use tier::Tier;
 
@@ -268,6 +270,8 @@ pub struct NodeConfig {
     pub deadlines: Deadlines,
     /// The node's agent.
     pub agent: Agent,
+    /// The cluster that the node is of.
+    pub kubernetes: Kubernetes,
 }
 
 /// Why a configuration was refused.
@@ -305,6 +309,7 @@ struct Raw {
     warm_start: RawWarmStart,
     deadlines: RawDeadlines,
     agent: RawAgent,
+    kubernetes: Kubernetes,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -409,6 +414,7 @@ impl NodeConfig {
         for (key, root) in [
             ("datasets.root", &raw.datasets.root),
             ("images.root", &raw.images.root),
+            ("kubernetes.kubeconfig", &raw.kubernetes.kubeconfig),
         ] {
             if let Some(path) = root.as_ref().filter(|path| !path.is_absolute()) {
                 return Err(refuse(
@@ -559,6 +565,7 @@ impl Raw {
                 every: self.agent.every.unwrap_or(Duration::from_secs(60)),
                 group: self.agent.group,
             },
+            kubernetes: self.kubernetes,
             deadlines: Deadlines {
                 sandbox_data: self
                     .deadlines

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     annotations::{
         AfterRestore, AnnotationError, CheckpointRequest, DatasetRequest, PodRequest, Policy,
-        WarmRequest,
+        WarmRequest, WarmWhen,
     },
     config::NodeConfig,
     identity::{Identity, Role},
@@ -65,6 +65,11 @@ pub enum PlanError {
         /// Who asked.
         namespace: Namespace,
     },
+    /// `warm-start: auto` goes by a pod's readiness, and this is no pod's container.
+    #[error(
+        "annotation rekindle.dev/warm-when: ready, which is meant where nothing is said, is what a pod is, and this container is no pod's; allowed here are http://:PORT/PATH, tcp://:PORT, file:///PATH and after:DURATION"
+    )]
+    NoReadiness,
     /// Another namespace's image that is not exported.
     #[error("image {namespace}/{name}: it belongs to namespace {namespace} and is not exported to {user}; see [[images.export]] in {file}", file = crate::paths::CONFIG_FILE)]
     NotExported {
@@ -127,6 +132,12 @@ impl Plan {
         }
         let checkpoint = request.checkpoint.filter(|_| meant);
         let warm = request.warm.filter(|_| meant);
+        let by_readiness = warm
+            .as_ref()
+            .is_some_and(|warm| warm.when == WarmWhen::Ready);
+        if by_readiness && identity.role == Role::Standalone {
+            return Err(PlanError::NoReadiness);
+        }
         let after_restore = request.after_restore.filter(|_| meant);
         let datasets = request
             .datasets
@@ -196,6 +207,20 @@ mod tests {
         assert_eq!(one.ahead, None);
         let two = resolve("container", "two", &pairs).unwrap();
         assert_eq!((two.datasets.len(), two.restore), (1, None));
+    }
+
+    #[test]
+    fn only_a_pod_has_a_readiness() {
+        let auto = ("rekindle.dev/warm-start", "auto");
+        let plan = resolve("container", "one", &[auto]).unwrap();
+        assert_eq!(plan.warm.unwrap().when, WarmWhen::Ready);
+        assert_eq!(resolve("sandbox", "", &[auto]).unwrap().warm, None);
+        for pairs in [&[auto][..], &[auto, ("rekindle.dev/warm-when", "ready")]] {
+            let refused = resolve("", "", pairs).unwrap_err();
+            assert_eq!(refused, PlanError::NoReadiness);
+        }
+        let after = ("rekindle.dev/warm-when", "after:1s");
+        assert!(resolve("", "", &[auto, after]).unwrap().warm.is_some());
     }
 
     #[test]

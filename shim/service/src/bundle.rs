@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rekindle_checkpoint::gpu;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -197,20 +198,7 @@ impl Spec {
 
     /// Device nodes of GPUs that the container gets; a checkpoint of it would lose what is in them.
     pub(crate) fn gpu_devices(&self) -> Vec<String> {
-        let devices = self
-            .json
-            .pointer("/linux/devices")
-            .and_then(Value::as_array);
-        let paths = devices
-            .into_iter()
-            .flatten()
-            .filter_map(|device| device.get("path")?.as_str());
-        let mounts = self.mounts().map(|mount| mount.source);
-        paths
-            .chain(mounts)
-            .filter(|path| is_gpu(path))
-            .map(str::to_owned)
-            .collect()
+        gpu::of_spec(&self.json)
     }
 
     /// Its mounts, in order.
@@ -292,36 +280,6 @@ impl Spec {
 fn same_file(one: &Path, other: &Path) -> bool {
     let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
     identity(one).is_some_and(|id| identity(other) == Some(id))
-}
-
-/// Whether a path is that of a GPU's device node, or of the folder that has them: NVIDIA's, AMD's, the render
-/// nodes of all others. A `card0` alone is any virtual machine's screen.
-fn is_gpu(path: &str) -> bool {
-    ["/dev/nvidia", "/dev/kfd", "/dev/dxg", "/dev/dri/renderD"]
-        .iter()
-        .any(|start| path.starts_with(start))
-        || path == "/dev/dri"
-}
-
-/// The device nodes of GPUs that a running container has, whoever put them there: NVIDIA's runtime adds
-/// them in a hook, and its spec says nothing of it.
-pub(crate) fn gpus_of(init: i32) -> Vec<String> {
-    let names = |folder: &str| {
-        let there = fs::read_dir(format!("/proc/{init}/root{folder}"));
-        let folder = folder.to_owned();
-        there
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(move |entry| format!("{folder}/{}", entry.file_name().to_string_lossy()))
-    };
-    let mut found: Vec<String> = names("/dev")
-        .filter(|path| path != "/dev/dri")
-        .chain(names("/dev/dri"))
-        .filter(|path| is_gpu(path))
-        .collect();
-    found.sort();
-    found
 }
 
 #[cfg(test)]

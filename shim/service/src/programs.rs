@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use tokio::{io::AsyncReadExt as _, net::unix::pipe};
+
 use crate::{
     exits::{Child, Exits},
     sys,
@@ -59,22 +61,30 @@ pub(crate) async fn capture(
         })
 }
 
-/// Runs a command that says nothing and returns its exit status. Nobody waits for it on a thread, however long it takes;
-/// it is killed at the deadline, when this is dropped before, and with the shim.
-pub(crate) async fn status(
+/// Runs a command that may take long, and returns its exit status and what it wrote to stdout. Nobody waits for it on a
+/// thread; it is killed at the deadline, when this is dropped before, and with the shim.
+pub(crate) async fn outcome(
     exits: &Exits,
     mut command: Command,
     deadline: Duration,
-) -> io::Result<u32> {
+) -> io::Result<(u32, String)> {
+    let (reader, writer) = io::pipe()?;
     command
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(writer)
         .stderr(Stdio::null());
     sys::die_with_us(&mut command);
     let mut asked = Asked(exits, exits.spawn(&mut command)?);
-    let ended = tokio::time::timeout(deadline, &mut asked.1.exit).await;
+    drop(command); // its copy of the pipe's other end
+    let reader = pipe::Receiver::from_owned_fd(reader.into())?;
+    let answer = async {
+        let mut bytes = Vec::new();
+        reader.take(MAX_ANSWER).read_to_end(&mut bytes).await?;
+        let exit = (&mut asked.1.exit).await;
+        Ok((exit.status, String::from_utf8_lossy(&bytes).into_owned()))
+    };
     let late = |_| io::Error::new(io::ErrorKind::TimedOut, "it did not end");
-    ended.map(|exit| exit.status).map_err(late)
+    tokio::time::timeout(deadline, answer).await.map_err(late)?
 }
 
 /// The version in what a program prints with `--version`: the first word that begins with a digit.

@@ -30,6 +30,14 @@ impl<'n> PodBuilder<'n> {
         self
     }
 
+    /// Its uid, where it is not one of its own.
+    pub fn uid(mut self, uid: &str) -> Self {
+        if let Some(metadata) = &mut self.config.metadata {
+            uid.clone_into(&mut metadata.uid);
+        }
+        self
+    }
+
     /// One more annotation.
     pub fn annotation(mut self, key: &str, value: &str) -> Self {
         self.config
@@ -112,9 +120,11 @@ impl<'n> PodBuilder<'n> {
     pub async fn try_run(mut self) -> Result<Answer<Pod<'n>>> {
         let node = self.cri.node;
         if let Some(metadata) = &mut self.config.metadata {
-            // As unique as the kubelet's: a pod of a repeated name is another pod.
-            let uid = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
-            uid.trim().clone_into(&mut metadata.uid);
+            if metadata.uid.is_empty() {
+                // As unique as the apiserver's: a pod of a repeated name is another pod.
+                let uid = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+                uid.trim().clone_into(&mut metadata.uid);
+            }
             self.config.log_directory = format!(
                 "/var/log/pods/{}_{}_{}",
                 metadata.namespace, metadata.name, metadata.uid

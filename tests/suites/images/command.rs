@@ -1,8 +1,10 @@
 //! The command line on a node: what it tells of images, and how it ends.
 
 use crate::damaged::Copy;
-use crate::stage::Stage;
+use crate::stage::{Stage, counts_to};
+use crate::unmade::with_gpu;
 use anyhow::{Context, Result, ensure};
+use rekindle_harness::Count;
 use serde_json::Value;
 use std::fs;
 use std::process::Output;
@@ -167,5 +169,55 @@ pub(crate) async fn no_image_is_made_of_a_container_that_is_missing(stage: &Stag
     let args = ["checkpoint", "gone-by", "--name", "of-nobody"];
     fails(&stage.rekindle(&args).await?, 3, &["gone-by", "stopped"])?;
     assert_eq!(generations(stage, "of-nobody").await?, [0; 0]);
+    task.remove().await
+}
+
+pub(crate) async fn a_container_is_suspended_and_resumed(stage: &Stage) -> Result<()> {
+    let task = stage.container("still").args(&["/counter"]).run().await?;
+    counts_to(task.io().out()?, 2).await?;
+    let answers = async |command: &str| {
+        let said = says(stage, &[command, "still"]).await?;
+        Ok::<_, anyhow::Error>(said.trim_end().to_owned())
+    };
+    assert_eq!(answers("suspend").await?, "still is suspended");
+    let still = task.io().out()?.so_far();
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    assert_eq!(task.io().out()?.so_far(), still, "it goes on");
+    assert_eq!(answers("suspend").await?, "still is suspended already");
+    assert_eq!(answers("resume").await?, "still is running again");
+    let at = Count::last(&still).context("it has not counted")?;
+    counts_to(task.io().out()?, at.n + 3).await?;
+    assert_eq!(answers("resume").await?, "still is running already");
+    let json = says(stage, &["suspend", "--json", "-n", "default", "still"]).await?;
+    let json: Value = serde_json::from_str(&json)?;
+    let wanted = serde_json::json!({
+        "container": "still", "containerd_namespace": "default", "state": "suspended", "already": false,
+    });
+    assert_eq!(json, wanted);
+    task.kill(9).await?;
+    task.wait().await?;
+    let gone = stage.rekindle(&["resume", "still"]).await?;
+    fails(
+        &gone,
+        3,
+        &["still", "only a running or paused container can be resumed"],
+    )?;
+    task.remove().await?;
+    let none = stage.rekindle(&["suspend", "still"]).await?;
+    fails(&none, 4, &["still", "k8s.io or default"])
+}
+
+/// Its memory would stay where it is, and nobody else would have the GPU.
+pub(crate) async fn one_with_gpu_devices_is_not_suspended(stage: &Stage) -> Result<()> {
+    let gpu = with_gpu(stage.container("still-gpu").args(&["/counter"]));
+    let task = gpu.run().await?;
+    let before = counts_to(task.io().out()?, 2).await?;
+    let refused = stage.rekindle(&["suspend", "still-gpu"]).await?;
+    fails(
+        &refused,
+        3,
+        &["still-gpu", "/dev/nvidia0", "cannot free the GPU memory"],
+    )?;
+    counts_to(task.io().out()?, before.n + 5).await?;
     task.remove().await
 }

@@ -147,12 +147,15 @@ images! {
             an_image_whose_containers_end_early_goes_into_quarantine
             of_many_at_once_one_makes_it
             pods_of_one_deployment_share_it
+            a_pod_that_is_ready_is_imaged
         }
         command {
             an_image_is_shown
             an_image_is_removed
             a_damaged_image_is_told
             no_image_is_made_of_a_container_that_is_missing
+            a_container_is_suspended_and_resumed
+            one_with_gpu_devices_is_not_suspended
         }
         like {
             a_container_like_another_one_goes_on_from_its_image
@@ -174,9 +177,13 @@ images! {
     alone {
         api {
             a_checkpoint_is_made_by_a_call
+            a_container_is_suspended_resumed_and_restored_by_calls
         }
         sealed {
             another_key_or_none_is_refused
+        }
+        warming {
+            without_a_kubeconfig_no_image_is_made
         }
         refused {
             under_a_configuration_that_is_wrong

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use containerd_client::tonic::Status;
 use rekindle_harness::container::Builder;
 use rekindle_harness::fifo::Reader;
+use rekindle_harness::kube::{Apiserver, Who};
 use rekindle_harness::s3::{S3Server, tier};
 use rekindle_harness::{Container, Count, Image, Node, NodeConfig, Runtime, Suite, images, schema};
 use serde_json::Value;
@@ -25,6 +26,8 @@ pub(crate) struct Stage {
     busybox: Image,
     alone: Option<Mutex<()>>,
     _s3: S3Server,
+    /// What the node's kubelet would be told by, in its network and in ours.
+    pub(crate) apiserver: Apiserver,
 }
 
 pub(crate) const RESTORE_FROM: &str = "rekindle.dev/restore-from";
@@ -34,6 +37,8 @@ pub(crate) const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718
 pub(crate) const BUCKET: &str = "images";
 /// Nobody listens there.
 const NOWHERE: &str = "[[images.tier]]\nurl = \"s3://images/nowhere/\"\nnamespaces = [\"nowhere\"]\nendpoint = \"http://127.0.0.1:1\"\nanonymous = true\n";
+/// A kubelet's, as kubeadm puts it there.
+pub(crate) const KUBECONFIG: &str = "/etc/kubernetes/kubelet.conf";
 pub(crate) const POLICY: &str = "rekindle.dev/restore-policy";
 
 /// The node of a kind, made by the first test that asks. It is never dropped: its keeper ends it after this program.
@@ -65,8 +70,14 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
         node.import(&busybox).await?;
         let alone = matches!(nodes, Nodes::Alone).then(Mutex::default);
         let _s3 = S3Server::empty(&node, BUCKET).await?;
+        let address = "127.0.0.1:6443".parse()?;
+        let apiserver = Apiserver::stand_in(vec![node.silent_server(address).await?])?;
+        let kubeconfig = apiserver.kubeconfig_at(address, Who::Node("node"))?;
+        std::fs::create_dir_all(node.path("/etc/kubernetes"))?;
+        std::fs::write(node.path(KUBECONFIG), kubeconfig)?;
         Ok(Stage {
             _s3,
+            apiserver,
             node,
             busybox,
             alone,

@@ -75,12 +75,15 @@ pub(crate) async fn of_a_user_namespace(stage: &Stage) -> Result<()> {
 }
 
 /// The node has no such GPU; a device node of its number is what the container gets of one.
-pub(crate) async fn of_gpu_devices(stage: &Stage) -> Result<()> {
-    let gpu = stage.container("unmade-gpu").args(&["/counter"]);
-    let gpu = gpu.change_spec(|spec| {
+pub(crate) fn with_gpu(container: Builder<'_>) -> Builder<'_> {
+    container.change_spec(|spec| {
         spec["linux"]["devices"] =
             json!([{"path": "/dev/nvidia0", "type": "c", "major": 195, "minor": 0}]);
-    });
+    })
+}
+
+pub(crate) async fn of_gpu_devices(stage: &Stage) -> Result<()> {
+    let gpu = with_gpu(stage.container("unmade-gpu").args(&["/counter"]));
     let task = gpu.run().await?;
     let before = counts_to(task.io().out()?, 2).await?;
     let words = ["/dev/nvidia0", "built without GPU support"];

@@ -1,6 +1,8 @@
 //! `warm-start: auto`: the first container of a kind makes an image, the others start from it.
 
-use crate::stage::{POLICY, RESTORE_FROM, Stage, continues, counts_to, one_sentence, shell};
+use crate::stage::{
+    KUBECONFIG, POLICY, RESTORE_FROM, Stage, continues, counts_to, one_sentence, shell,
+};
 use anyhow::{Context, Result, ensure};
 use rekindle_harness::container::Builder;
 use rekindle_harness::{Container, Count, poll};
@@ -297,4 +299,81 @@ pub(crate) async fn pods_of_one_deployment_share_it(stage: &Stage) -> Result<()>
     );
     first.remove().await?;
     second.remove().await
+}
+
+/// The images that containers of pods have made of themselves.
+async fn made_of(stage: &Stage, pod: &str) -> Result<Option<Value>> {
+    let ls = stage.rekindle(&["image", "ls", "--json"]).await?;
+    let all: Vec<Value> = serde_json::from_slice(&ls.stdout)?;
+    Ok(all.into_iter().find(|row| row["source"]["pod"] == pod))
+}
+
+/// With nothing but `warm-start: auto`: the apiserver knows when.
+pub(crate) async fn a_pod_that_is_ready_is_imaged(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let pods = stage.apiserver.pods("default").await?;
+    let pod = async |name: &str| {
+        let uid = pods.create(name, "node").await?;
+        let pod = cri.pod(name).uid(&uid).annotation(START, "auto");
+        pod.run().await
+    };
+    let first = pod("probed-a").await?;
+    let one = first.container("main").env("KIND", "probed");
+    let one = one.args(&["/counter"]).run().await?;
+    one.counts_to(2).await?;
+    // It runs, and so does one beside it that is ready; of itself nothing is known, and then that it is not.
+    pods.status("probed-a", "main", "its-predecessor", true)
+        .await?;
+    pods.status("probed-a", "main", one.id(), false).await?;
+    let from = one.counts_to(60).await?;
+    ensure!(
+        made_of(stage, "default/probed-a").await?.is_none(),
+        "imaged before it was ready"
+    );
+    pods.status("probed-a", "main", one.id(), true).await?;
+    poll::until("an image", async || {
+        made_of(stage, "default/probed-a").await
+    })
+    .await?;
+    let at = one.counts_to(from.n).await?;
+    let second = pod("probed-b").await?;
+    let two = second.container("main").env("KIND", "probed");
+    let two = two.args(&["/counter"]).run().await?;
+    let count = two.counts_to(at.n + 3).await?;
+    from.continues_in(&two.said("stdout")?, at.n)?;
+    ensure!(count.nonce == from.nonce, "{count:?}");
+    first.remove().await?;
+    second.remove().await?;
+    // Nobody knows of one that `ctr` has made.
+    let alone = stage.container("unprobed").args(&["/counter"]);
+    let words = ["warm-when", "no pod's", "http://:PORT/PATH"];
+    stage
+        .refuses("unprobed", alone.annotation(START, "auto"), &words)
+        .await?;
+    Ok(())
+}
+
+/// It is said at its create, and it starts.
+pub(crate) async fn without_a_kubeconfig_no_image_is_made(stage: &Stage) -> Result<()> {
+    let cri = stage.node.cri().await?;
+    let (file, away) = (
+        stage.node.path(KUBECONFIG),
+        stage.node.path("/etc/kubernetes/away"),
+    );
+    std::fs::rename(&file, &away)?;
+    let pod = cri.pod("unknown").annotation(START, "auto").run().await?;
+    let task = pod.container("main").args(&["/counter"]).run().await;
+    let said = stage
+        .node
+        .logs(&[
+            task.as_ref().map_or("", |task| task.id()),
+            "no image will be made",
+            KUBECONFIG,
+        ])
+        .await;
+    std::fs::rename(&away, &file)?;
+    task?.counts_to(2).await?;
+    said?;
+    ensure!(made_of(stage, "default/unknown").await?.is_none());
+    pod.remove().await
 }

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::FileTypeExt as _,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
@@ -27,6 +27,8 @@ use crate::{
 };
 
 const REQUEST_FILE: &str = "request.json";
+/// More than all steps of a checkpoint take.
+const MAX_STEPS: u64 = 1 << 12;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,6 +48,9 @@ pub struct Request {
     namespace: Namespace,
     name: ImageName,
     lease: Option<Lock>,
+    /// The lock's file, where whoever makes the image writes a line for each step that begins: it lies beside the folder,
+    /// and is no part of the image. Open from the beginning, it is read to its end also when it is removed.
+    steps: File,
 }
 
 impl Request {
@@ -56,8 +61,10 @@ impl Request {
         source: Source,
     ) -> Result<Self, ImageError> {
         let id = new_id();
+        let path = lock_path(&store.partial_dir(), &id);
         let request = Self {
-            lease: share(&lock_path(&store.partial_dir(), &id))?,
+            lease: share(&path)?,
+            steps: File::open(&path).map_err(ImageError::io("read", &path))?,
             store: store.clone(),
             id,
             namespace: namespace.clone(),
@@ -82,6 +89,36 @@ impl Request {
         self.store.partial_dir().join(&self.id)
     }
 
+    /// The steps that whoever makes it has begun since this was last asked, by their names.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn steps(&mut self) -> Result<Vec<String>, ImageError> {
+        let path = lock_path(&self.store.partial_dir(), &self.id);
+        let failed = || ImageError::io("read", &path);
+        let begun = self.steps.stream_position().map_err(failed())?;
+        let mut text = String::new();
+        let mut new = (&mut self.steps).take(MAX_STEPS);
+        new.read_to_string(&mut text).map_err(failed())?;
+        // A line that is not written whole is read again.
+        let whole = text.rfind('\n').map_or(0, |at| at + 1);
+        let next = SeekFrom::Start(begun + whole as u64);
+        self.steps.seek(next).map_err(failed())?;
+        Ok(text[..whole].lines().map(str::to_owned).collect())
+    }
+
+    /// Bytes of memory and files that lie in the folder by now. None when it is no partial folder any more.
+    pub fn stored(&self) -> Option<u64> {
+        let entries = fs::read_dir(self.dir()).ok()?.flatten();
+        let packs =
+            entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"pack-"));
+        Some(
+            packs
+                .filter_map(|entry| Some(entry.metadata().ok()?.len()))
+                .sum(),
+        )
+    }
+
     /// The image, once the checkpoint call has returned with success.
     ///
     /// # Errors
@@ -96,6 +133,19 @@ impl Drop for Request {
         drop(self.lease.take());
         // Still shared by the maker: it removes the folder itself. Errors leave it to the next sweep.
         let _ = remove_unless_leased(&self.store.partial_dir(), &self.id);
+    }
+}
+
+/// Where who makes an image says how far that is.
+#[derive(Debug)]
+pub struct Steps(Option<File>);
+
+impl Steps {
+    /// Says that a step begins. Nobody reading it, or no room for it, does not stop the step.
+    pub fn begins(&self, step: &str) {
+        if let Some(mut file) = self.0.as_ref() {
+            let _ = file.write_all(format!("{step}\n").as_bytes());
+        }
     }
 }
 
@@ -133,6 +183,12 @@ impl Order {
     /// The namespace that the image will be in. Whoever makes it compares it with the container's own.
     pub fn namespace(&self) -> &Namespace {
         &self.request.namespace
+    }
+
+    /// Where to say how far it is.
+    pub fn steps(&self) -> Steps {
+        let path = lock_path(&self.store.partial_dir(), &self.folder.id);
+        Steps(File::options().append(true).open(path).ok())
     }
 
     /// Begins to make it. `key` encrypts it, and then what CRIU writes goes to `private`, a folder that is made

@@ -278,6 +278,35 @@ fn what_is_not_the_image_that_was_sealed_is_refused_by_name() {
     }
 }
 
+/// Also those that it has begun when the image is in its place already.
+#[test]
+fn who_asks_for_an_image_hears_of_each_step() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    let (namespace, name) = names();
+    let mut request = store.begin(&namespace, &name, Source::default()).unwrap();
+    assert!(request.steps().unwrap().is_empty());
+    let steps = store.partial_at(&request.dir()).unwrap().unwrap().steps();
+    let partial = Making::plain().begin(&store, &request);
+    steps.begins("hold");
+    steps.begins("dump");
+    assert_eq!(request.steps().unwrap(), ["hold", "dump"]);
+    assert!(request.steps().unwrap().is_empty());
+    folder(&partial.criu_dir());
+    let before = request.stored().unwrap();
+    let mut stream = partial.chunks().stream(UPPER_FILE);
+    let bytes: Vec<u8> = (0..1_u32 << 20).flat_map(u32::to_le_bytes).collect();
+    stream.write_all(&bytes).unwrap();
+    stream.finish().unwrap();
+    assert!(request.stored().unwrap() > before);
+    steps.begins("seal");
+    partial.seal(Facts::default()).unwrap();
+    steps.begins("kill");
+    assert_eq!(request.steps().unwrap(), ["seal", "kill"]);
+    assert_eq!(request.stored(), None);
+    request.finish().unwrap();
+}
+
 /// Checksums that match do not make CRIU's files harmless: the maker may be the attacker.
 #[test]
 fn a_well_sealed_image_with_a_lying_pagemap_is_refused() {

@@ -626,6 +626,8 @@ pub struct Event {
     pub total: u64,
     // @@protoc_insertion_point(field:rekindle.agent.v1.Event.message)
     pub message: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.Event.container)
+    pub container: ::std::string::String,
     // special fields
     // @@protoc_insertion_point(special_field:rekindle.agent.v1.Event.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -643,7 +645,7 @@ impl Event {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(7);
+        let mut fields = ::std::vec::Vec::with_capacity(8);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "kind",
@@ -679,6 +681,11 @@ impl Event {
             "message",
             |m: &Event| { &m.message },
             |m: &mut Event| { &mut m.message },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container",
+            |m: &Event| { &m.container },
+            |m: &mut Event| { &mut m.container },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Event>(
             "Event",
@@ -719,6 +726,9 @@ impl ::protobuf::Message for Event {
                 58 => {
                     self.message = is.read_string()?;
                 },
+                162 => {
+                    self.container = is.read_string()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -752,6 +762,9 @@ impl ::protobuf::Message for Event {
         if !self.message.is_empty() {
             my_size += ::protobuf::rt::string_size(7, &self.message);
         }
+        if !self.container.is_empty() {
+            my_size += ::protobuf::rt::string_size(20, &self.container);
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -779,6 +792,9 @@ impl ::protobuf::Message for Event {
         if !self.message.is_empty() {
             os.write_string(7, &self.message)?;
         }
+        if !self.container.is_empty() {
+            os.write_string(20, &self.container)?;
+        }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -803,6 +819,7 @@ impl ::protobuf::Message for Event {
         self.done = 0;
         self.total = 0;
         self.message.clear();
+        self.container.clear();
         self.special_fields.clear();
     }
 
@@ -815,6 +832,7 @@ impl ::protobuf::Message for Event {
             done: 0,
             total: 0,
             message: ::std::string::String::new(),
+            container: ::std::string::String::new(),
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -861,6 +879,20 @@ pub mod event {
         FAILED = 7,
         // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.LOST)
         LOST = 8,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.CHECKPOINTING)
+        CHECKPOINTING = 20,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.CHECKPOINTED)
+        CHECKPOINTED = 21,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.FETCHING)
+        FETCHING = 22,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.FETCHED)
+        FETCHED = 23,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.RESTORED)
+        RESTORED = 24,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.SUSPENDED)
+        SUSPENDED = 25,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.RESUMED)
+        RESUMED = 26,
     }
 
     impl ::protobuf::Enum for Kind {
@@ -881,6 +913,13 @@ pub mod event {
                 6 => ::std::option::Option::Some(Kind::REMOVED),
                 7 => ::std::option::Option::Some(Kind::FAILED),
                 8 => ::std::option::Option::Some(Kind::LOST),
+                20 => ::std::option::Option::Some(Kind::CHECKPOINTING),
+                21 => ::std::option::Option::Some(Kind::CHECKPOINTED),
+                22 => ::std::option::Option::Some(Kind::FETCHING),
+                23 => ::std::option::Option::Some(Kind::FETCHED),
+                24 => ::std::option::Option::Some(Kind::RESTORED),
+                25 => ::std::option::Option::Some(Kind::SUSPENDED),
+                26 => ::std::option::Option::Some(Kind::RESUMED),
                 _ => ::std::option::Option::None
             }
         }
@@ -896,6 +935,13 @@ pub mod event {
                 "REMOVED" => ::std::option::Option::Some(Kind::REMOVED),
                 "FAILED" => ::std::option::Option::Some(Kind::FAILED),
                 "LOST" => ::std::option::Option::Some(Kind::LOST),
+                "CHECKPOINTING" => ::std::option::Option::Some(Kind::CHECKPOINTING),
+                "CHECKPOINTED" => ::std::option::Option::Some(Kind::CHECKPOINTED),
+                "FETCHING" => ::std::option::Option::Some(Kind::FETCHING),
+                "FETCHED" => ::std::option::Option::Some(Kind::FETCHED),
+                "RESTORED" => ::std::option::Option::Some(Kind::RESTORED),
+                "SUSPENDED" => ::std::option::Option::Some(Kind::SUSPENDED),
+                "RESUMED" => ::std::option::Option::Some(Kind::RESUMED),
                 _ => ::std::option::Option::None
             }
         }
@@ -910,6 +956,13 @@ pub mod event {
             Kind::REMOVED,
             Kind::FAILED,
             Kind::LOST,
+            Kind::CHECKPOINTING,
+            Kind::CHECKPOINTED,
+            Kind::FETCHING,
+            Kind::FETCHED,
+            Kind::RESTORED,
+            Kind::SUSPENDED,
+            Kind::RESUMED,
         ];
     }
 
@@ -920,7 +973,24 @@ pub mod event {
         }
 
         fn descriptor(&self) -> ::protobuf::reflect::EnumValueDescriptor {
-            let index = *self as usize;
+            let index = match self {
+                Kind::UNKNOWN => 0,
+                Kind::STEP => 1,
+                Kind::APPEARED => 2,
+                Kind::DISAPPEARED => 3,
+                Kind::REPLICATING => 4,
+                Kind::REPLICATED => 5,
+                Kind::REMOVED => 6,
+                Kind::FAILED => 7,
+                Kind::LOST => 8,
+                Kind::CHECKPOINTING => 9,
+                Kind::CHECKPOINTED => 10,
+                Kind::FETCHING => 11,
+                Kind::FETCHED => 12,
+                Kind::RESTORED => 13,
+                Kind::SUSPENDED => 14,
+                Kind::RESUMED => 15,
+            };
             Self::enum_descriptor().value_by_index(index)
         }
     }
@@ -1251,6 +1321,1180 @@ impl ::std::fmt::Display for CheckpointResponse {
 }
 
 impl ::protobuf::reflect::ProtobufValue for CheckpointResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:rekindle.agent.v1.RestoreRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct RestoreRequest {
+    // message fields
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RestoreRequest.image)
+    pub image: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RestoreRequest.id)
+    pub id: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RestoreRequest.like)
+    pub like: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RestoreRequest.containerd_namespace)
+    pub containerd_namespace: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RestoreRequest.force)
+    pub force: bool,
+    // special fields
+    // @@protoc_insertion_point(special_field:rekindle.agent.v1.RestoreRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a RestoreRequest {
+    fn default() -> &'a RestoreRequest {
+        <RestoreRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl RestoreRequest {
+    pub fn new() -> RestoreRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(5);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "image",
+            |m: &RestoreRequest| { &m.image },
+            |m: &mut RestoreRequest| { &mut m.image },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "id",
+            |m: &RestoreRequest| { &m.id },
+            |m: &mut RestoreRequest| { &mut m.id },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "like",
+            |m: &RestoreRequest| { &m.like },
+            |m: &mut RestoreRequest| { &mut m.like },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "containerd_namespace",
+            |m: &RestoreRequest| { &m.containerd_namespace },
+            |m: &mut RestoreRequest| { &mut m.containerd_namespace },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "force",
+            |m: &RestoreRequest| { &m.force },
+            |m: &mut RestoreRequest| { &mut m.force },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<RestoreRequest>(
+            "RestoreRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for RestoreRequest {
+    const NAME: &'static str = "RestoreRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.image = is.read_string()?;
+                },
+                18 => {
+                    self.id = is.read_string()?;
+                },
+                26 => {
+                    self.like = is.read_string()?;
+                },
+                34 => {
+                    self.containerd_namespace = is.read_string()?;
+                },
+                40 => {
+                    self.force = is.read_bool()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.image.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.image);
+        }
+        if !self.id.is_empty() {
+            my_size += ::protobuf::rt::string_size(2, &self.id);
+        }
+        if !self.like.is_empty() {
+            my_size += ::protobuf::rt::string_size(3, &self.like);
+        }
+        if !self.containerd_namespace.is_empty() {
+            my_size += ::protobuf::rt::string_size(4, &self.containerd_namespace);
+        }
+        if self.force != false {
+            my_size += 1 + 1;
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.image.is_empty() {
+            os.write_string(1, &self.image)?;
+        }
+        if !self.id.is_empty() {
+            os.write_string(2, &self.id)?;
+        }
+        if !self.like.is_empty() {
+            os.write_string(3, &self.like)?;
+        }
+        if !self.containerd_namespace.is_empty() {
+            os.write_string(4, &self.containerd_namespace)?;
+        }
+        if self.force != false {
+            os.write_bool(5, self.force)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> RestoreRequest {
+        RestoreRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.image.clear();
+        self.id.clear();
+        self.like.clear();
+        self.containerd_namespace.clear();
+        self.force = false;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static RestoreRequest {
+        static instance: RestoreRequest = RestoreRequest {
+            image: ::std::string::String::new(),
+            id: ::std::string::String::new(),
+            like: ::std::string::String::new(),
+            containerd_namespace: ::std::string::String::new(),
+            force: false,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for RestoreRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("RestoreRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for RestoreRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for RestoreRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:rekindle.agent.v1.RestoreResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct RestoreResponse {
+    // message fields
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RestoreResponse.image)
+    pub image: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RestoreResponse.pid)
+    pub pid: u32,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RestoreResponse.json)
+    pub json: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:rekindle.agent.v1.RestoreResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a RestoreResponse {
+    fn default() -> &'a RestoreResponse {
+        <RestoreResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl RestoreResponse {
+    pub fn new() -> RestoreResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(3);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "image",
+            |m: &RestoreResponse| { &m.image },
+            |m: &mut RestoreResponse| { &mut m.image },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "pid",
+            |m: &RestoreResponse| { &m.pid },
+            |m: &mut RestoreResponse| { &mut m.pid },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "json",
+            |m: &RestoreResponse| { &m.json },
+            |m: &mut RestoreResponse| { &mut m.json },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<RestoreResponse>(
+            "RestoreResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for RestoreResponse {
+    const NAME: &'static str = "RestoreResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.image = is.read_string()?;
+                },
+                16 => {
+                    self.pid = is.read_uint32()?;
+                },
+                26 => {
+                    self.json = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.image.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.image);
+        }
+        if self.pid != 0 {
+            my_size += ::protobuf::rt::uint32_size(2, self.pid);
+        }
+        if !self.json.is_empty() {
+            my_size += ::protobuf::rt::string_size(3, &self.json);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.image.is_empty() {
+            os.write_string(1, &self.image)?;
+        }
+        if self.pid != 0 {
+            os.write_uint32(2, self.pid)?;
+        }
+        if !self.json.is_empty() {
+            os.write_string(3, &self.json)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> RestoreResponse {
+        RestoreResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.image.clear();
+        self.pid = 0;
+        self.json.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static RestoreResponse {
+        static instance: RestoreResponse = RestoreResponse {
+            image: ::std::string::String::new(),
+            pid: 0,
+            json: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for RestoreResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("RestoreResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for RestoreResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for RestoreResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:rekindle.agent.v1.SuspendRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct SuspendRequest {
+    // message fields
+    // @@protoc_insertion_point(field:rekindle.agent.v1.SuspendRequest.container)
+    pub container: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:rekindle.agent.v1.SuspendRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a SuspendRequest {
+    fn default() -> &'a SuspendRequest {
+        <SuspendRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl SuspendRequest {
+    pub fn new() -> SuspendRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container",
+            |m: &SuspendRequest| { &m.container },
+            |m: &mut SuspendRequest| { &mut m.container },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<SuspendRequest>(
+            "SuspendRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for SuspendRequest {
+    const NAME: &'static str = "SuspendRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container.is_empty() {
+            os.write_string(1, &self.container)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> SuspendRequest {
+        SuspendRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static SuspendRequest {
+        static instance: SuspendRequest = SuspendRequest {
+            container: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for SuspendRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("SuspendRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for SuspendRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for SuspendRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:rekindle.agent.v1.SuspendResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct SuspendResponse {
+    // message fields
+    // @@protoc_insertion_point(field:rekindle.agent.v1.SuspendResponse.container)
+    pub container: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.SuspendResponse.already)
+    pub already: bool,
+    // special fields
+    // @@protoc_insertion_point(special_field:rekindle.agent.v1.SuspendResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a SuspendResponse {
+    fn default() -> &'a SuspendResponse {
+        <SuspendResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl SuspendResponse {
+    pub fn new() -> SuspendResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container",
+            |m: &SuspendResponse| { &m.container },
+            |m: &mut SuspendResponse| { &mut m.container },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "already",
+            |m: &SuspendResponse| { &m.already },
+            |m: &mut SuspendResponse| { &mut m.already },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<SuspendResponse>(
+            "SuspendResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for SuspendResponse {
+    const NAME: &'static str = "SuspendResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container = is.read_string()?;
+                },
+                16 => {
+                    self.already = is.read_bool()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container);
+        }
+        if self.already != false {
+            my_size += 1 + 1;
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container.is_empty() {
+            os.write_string(1, &self.container)?;
+        }
+        if self.already != false {
+            os.write_bool(2, self.already)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> SuspendResponse {
+        SuspendResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.container.clear();
+        self.already = false;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static SuspendResponse {
+        static instance: SuspendResponse = SuspendResponse {
+            container: ::std::string::String::new(),
+            already: false,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for SuspendResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("SuspendResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for SuspendResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for SuspendResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:rekindle.agent.v1.ResumeRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ResumeRequest {
+    // message fields
+    // @@protoc_insertion_point(field:rekindle.agent.v1.ResumeRequest.container)
+    pub container: ::std::string::String,
+    // special fields
+    // @@protoc_insertion_point(special_field:rekindle.agent.v1.ResumeRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ResumeRequest {
+    fn default() -> &'a ResumeRequest {
+        <ResumeRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ResumeRequest {
+    pub fn new() -> ResumeRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container",
+            |m: &ResumeRequest| { &m.container },
+            |m: &mut ResumeRequest| { &mut m.container },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ResumeRequest>(
+            "ResumeRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ResumeRequest {
+    const NAME: &'static str = "ResumeRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container = is.read_string()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container);
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container.is_empty() {
+            os.write_string(1, &self.container)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ResumeRequest {
+        ResumeRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.container.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ResumeRequest {
+        static instance: ResumeRequest = ResumeRequest {
+            container: ::std::string::String::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ResumeRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ResumeRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ResumeRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ResumeRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:rekindle.agent.v1.ResumeResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct ResumeResponse {
+    // message fields
+    // @@protoc_insertion_point(field:rekindle.agent.v1.ResumeResponse.container)
+    pub container: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.ResumeResponse.already)
+    pub already: bool,
+    // special fields
+    // @@protoc_insertion_point(special_field:rekindle.agent.v1.ResumeResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a ResumeResponse {
+    fn default() -> &'a ResumeResponse {
+        <ResumeResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl ResumeResponse {
+    pub fn new() -> ResumeResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(2);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "container",
+            |m: &ResumeResponse| { &m.container },
+            |m: &mut ResumeResponse| { &mut m.container },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "already",
+            |m: &ResumeResponse| { &m.already },
+            |m: &mut ResumeResponse| { &mut m.already },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<ResumeResponse>(
+            "ResumeResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for ResumeResponse {
+    const NAME: &'static str = "ResumeResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.container = is.read_string()?;
+                },
+                16 => {
+                    self.already = is.read_bool()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.container.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.container);
+        }
+        if self.already != false {
+            my_size += 1 + 1;
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.container.is_empty() {
+            os.write_string(1, &self.container)?;
+        }
+        if self.already != false {
+            os.write_bool(2, self.already)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> ResumeResponse {
+        ResumeResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.container.clear();
+        self.already = false;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static ResumeResponse {
+        static instance: ResumeResponse = ResumeResponse {
+            container: ::std::string::String::new(),
+            already: false,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for ResumeResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("ResumeResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for ResumeResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for ResumeResponse {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:rekindle.agent.v1.RemoveRequest)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct RemoveRequest {
+    // message fields
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RemoveRequest.namespace)
+    pub namespace: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RemoveRequest.name)
+    pub name: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RemoveRequest.generation)
+    pub generation: u64,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RemoveRequest.force)
+    pub force: bool,
+    // special fields
+    // @@protoc_insertion_point(special_field:rekindle.agent.v1.RemoveRequest.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a RemoveRequest {
+    fn default() -> &'a RemoveRequest {
+        <RemoveRequest as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl RemoveRequest {
+    pub fn new() -> RemoveRequest {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(4);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "namespace",
+            |m: &RemoveRequest| { &m.namespace },
+            |m: &mut RemoveRequest| { &mut m.namespace },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "name",
+            |m: &RemoveRequest| { &m.name },
+            |m: &mut RemoveRequest| { &mut m.name },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "generation",
+            |m: &RemoveRequest| { &m.generation },
+            |m: &mut RemoveRequest| { &mut m.generation },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "force",
+            |m: &RemoveRequest| { &m.force },
+            |m: &mut RemoveRequest| { &mut m.force },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<RemoveRequest>(
+            "RemoveRequest",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for RemoveRequest {
+    const NAME: &'static str = "RemoveRequest";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.namespace = is.read_string()?;
+                },
+                18 => {
+                    self.name = is.read_string()?;
+                },
+                24 => {
+                    self.generation = is.read_uint64()?;
+                },
+                32 => {
+                    self.force = is.read_bool()?;
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        if !self.namespace.is_empty() {
+            my_size += ::protobuf::rt::string_size(1, &self.namespace);
+        }
+        if !self.name.is_empty() {
+            my_size += ::protobuf::rt::string_size(2, &self.name);
+        }
+        if self.generation != 0 {
+            my_size += ::protobuf::rt::uint64_size(3, self.generation);
+        }
+        if self.force != false {
+            my_size += 1 + 1;
+        }
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        if !self.namespace.is_empty() {
+            os.write_string(1, &self.namespace)?;
+        }
+        if !self.name.is_empty() {
+            os.write_string(2, &self.name)?;
+        }
+        if self.generation != 0 {
+            os.write_uint64(3, self.generation)?;
+        }
+        if self.force != false {
+            os.write_bool(4, self.force)?;
+        }
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> RemoveRequest {
+        RemoveRequest::new()
+    }
+
+    fn clear(&mut self) {
+        self.namespace.clear();
+        self.name.clear();
+        self.generation = 0;
+        self.force = false;
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static RemoveRequest {
+        static instance: RemoveRequest = RemoveRequest {
+            namespace: ::std::string::String::new(),
+            name: ::std::string::String::new(),
+            generation: 0,
+            force: false,
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for RemoveRequest {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("RemoveRequest").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for RemoveRequest {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for RemoveRequest {
+    type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
+}
+
+// @@protoc_insertion_point(message:rekindle.agent.v1.RemoveResponse)
+#[derive(PartialEq,Clone,Default,Debug)]
+pub struct RemoveResponse {
+    // message fields
+    // @@protoc_insertion_point(field:rekindle.agent.v1.RemoveResponse.images)
+    pub images: ::std::vec::Vec<::std::string::String>,
+    // special fields
+    // @@protoc_insertion_point(special_field:rekindle.agent.v1.RemoveResponse.special_fields)
+    pub special_fields: ::protobuf::SpecialFields,
+}
+
+impl<'a> ::std::default::Default for &'a RemoveResponse {
+    fn default() -> &'a RemoveResponse {
+        <RemoveResponse as ::protobuf::Message>::default_instance()
+    }
+}
+
+impl RemoveResponse {
+    pub fn new() -> RemoveResponse {
+        ::std::default::Default::default()
+    }
+
+    fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
+        let mut fields = ::std::vec::Vec::with_capacity(1);
+        let mut oneofs = ::std::vec::Vec::with_capacity(0);
+        fields.push(::protobuf::reflect::rt::v2::make_vec_simpler_accessor::<_, _>(
+            "images",
+            |m: &RemoveResponse| { &m.images },
+            |m: &mut RemoveResponse| { &mut m.images },
+        ));
+        ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<RemoveResponse>(
+            "RemoveResponse",
+            fields,
+            oneofs,
+        )
+    }
+}
+
+impl ::protobuf::Message for RemoveResponse {
+    const NAME: &'static str = "RemoveResponse";
+
+    fn is_initialized(&self) -> bool {
+        true
+    }
+
+    fn merge_from(&mut self, is: &mut ::protobuf::CodedInputStream<'_>) -> ::protobuf::Result<()> {
+        while let Some(tag) = is.read_raw_tag_or_eof()? {
+            match tag {
+                10 => {
+                    self.images.push(is.read_string()?);
+                },
+                tag => {
+                    ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
+                },
+            };
+        }
+        ::std::result::Result::Ok(())
+    }
+
+    // Compute sizes of nested messages
+    #[allow(unused_variables)]
+    fn compute_size(&self) -> u64 {
+        let mut my_size = 0;
+        for value in &self.images {
+            my_size += ::protobuf::rt::string_size(1, &value);
+        };
+        my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
+        self.special_fields.cached_size().set(my_size as u32);
+        my_size
+    }
+
+    fn write_to_with_cached_sizes(&self, os: &mut ::protobuf::CodedOutputStream<'_>) -> ::protobuf::Result<()> {
+        for v in &self.images {
+            os.write_string(1, &v)?;
+        };
+        os.write_unknown_fields(self.special_fields.unknown_fields())?;
+        ::std::result::Result::Ok(())
+    }
+
+    fn special_fields(&self) -> &::protobuf::SpecialFields {
+        &self.special_fields
+    }
+
+    fn mut_special_fields(&mut self) -> &mut ::protobuf::SpecialFields {
+        &mut self.special_fields
+    }
+
+    fn new() -> RemoveResponse {
+        RemoveResponse::new()
+    }
+
+    fn clear(&mut self) {
+        self.images.clear();
+        self.special_fields.clear();
+    }
+
+    fn default_instance() -> &'static RemoveResponse {
+        static instance: RemoveResponse = RemoveResponse {
+            images: ::std::vec::Vec::new(),
+            special_fields: ::protobuf::SpecialFields::new(),
+        };
+        &instance
+    }
+}
+
+impl ::protobuf::MessageFull for RemoveResponse {
+    fn descriptor() -> ::protobuf::reflect::MessageDescriptor {
+        static descriptor: ::protobuf::rt::Lazy<::protobuf::reflect::MessageDescriptor> = ::protobuf::rt::Lazy::new();
+        descriptor.get(|| file_descriptor().message_by_package_relative_name("RemoveResponse").unwrap()).clone()
+    }
+}
+
+impl ::std::fmt::Display for RemoveResponse {
+    fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+        ::protobuf::text_format::fmt(self, f)
+    }
+}
+
+impl ::protobuf::reflect::ProtobufValue for RemoveResponse {
     type RuntimeType = ::protobuf::reflect::rt::RuntimeTypeMessage<Self>;
 }
 
@@ -1769,33 +3013,58 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \x04R\x05bytes\x12\x1b\n\tlast_used\x18\x05\x20\x01(\x04R\x08lastUsed\
     \x12\x15\n\x06in_use\x18\x06\x20\x01(\x08R\x05inUse\x12\x1e\n\nreplicate\
     d\x18\x07\x20\x01(\x08R\nreplicated\x12\x16\n\x06usable\x18\x08\x20\x01(\
-    \x08R\x06usable\"\x0e\n\x0cWatchRequest\"\xbf\x02\n\x05Event\x121\n\x04k\
+    \x08R\x06usable\"\x0e\n\x0cWatchRequest\"\xc7\x03\n\x05Event\x121\n\x04k\
     ind\x18\x01\x20\x01(\x0e2\x1d.rekindle.agent.v1.Event.KindR\x04kind\x12\
     \x12\n\x04time\x18\x02\x20\x01(\x04R\x04time\x12\x12\n\x04step\x18\x03\
     \x20\x01(\tR\x04step\x12\x14\n\x05image\x18\x04\x20\x01(\tR\x05image\x12\
     \x12\n\x04done\x18\x05\x20\x01(\x04R\x04done\x12\x14\n\x05total\x18\x06\
     \x20\x01(\x04R\x05total\x12\x18\n\x07message\x18\x07\x20\x01(\tR\x07mess\
-    age\"\x80\x01\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\0\x12\x08\n\x04STEP\x10\
-    \x01\x12\x0c\n\x08APPEARED\x10\x02\x12\x0f\n\x0bDISAPPEARED\x10\x03\x12\
-    \x0f\n\x0bREPLICATING\x10\x04\x12\x0e\n\nREPLICATED\x10\x05\x12\x0b\n\
-    \x07REMOVED\x10\x06\x12\n\n\x06FAILED\x10\x07\x12\x08\n\x04LOST\x10\x08\
-    \"t\n\x11CheckpointRequest\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcon\
-    tainer\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x12\n\x04exit\
-    \x18\x03\x20\x01(\x08R\x04exit\x12\x19\n\x08keep_tcp\x18\x04\x20\x01(\
-    \x08R\x07keepTcp\">\n\x12CheckpointResponse\x12\x14\n\x05image\x18\x01\
-    \x20\x01(\tR\x05image\x12\x12\n\x04json\x18\x02\x20\x01(\tR\x04json\"@\n\
-    \x0cFetchRequest\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespace\x12\
-    \x12\n\x04name\x18\x02\x20\x01(\tR\x04name\"7\n\rFetchResponse\x12\x14\n\
-    \x05image\x18\x01\x20\x01(\tR\x05image\x12\x10\n\x03hit\x18\x02\x20\x01(\
-    \x08R\x03hit\"\x0e\n\x0cRoundRequest\"'\n\rRoundResponse\x12\x16\n\x06fa\
-    iled\x18\x01\x20\x01(\rR\x06failed2\x8f\x03\n\x05Agent\x12M\n\x06Images\
-    \x12\x20.rekindle.agent.v1.ImagesRequest\x1a!.rekindle.agent.v1.ImagesRe\
-    sponse\x12D\n\x05Watch\x12\x1f.rekindle.agent.v1.WatchRequest\x1a\x18.re\
-    kindle.agent.v1.Event0\x01\x12Y\n\nCheckpoint\x12$.rekindle.agent.v1.Che\
-    ckpointRequest\x1a%.rekindle.agent.v1.CheckpointResponse\x12J\n\x05Fetch\
-    \x12\x1f.rekindle.agent.v1.FetchRequest\x1a\x20.rekindle.agent.v1.FetchR\
-    esponse\x12J\n\x05Round\x12\x1f.rekindle.agent.v1.RoundRequest\x1a\x20.r\
-    ekindle.agent.v1.RoundResponseb\x06proto3\
+    age\x12\x1c\n\tcontainer\x18\x14\x20\x01(\tR\tcontainer\"\xea\x01\n\x04K\
+    ind\x12\x0b\n\x07UNKNOWN\x10\0\x12\x08\n\x04STEP\x10\x01\x12\x0c\n\x08AP\
+    PEARED\x10\x02\x12\x0f\n\x0bDISAPPEARED\x10\x03\x12\x0f\n\x0bREPLICATING\
+    \x10\x04\x12\x0e\n\nREPLICATED\x10\x05\x12\x0b\n\x07REMOVED\x10\x06\x12\
+    \n\n\x06FAILED\x10\x07\x12\x08\n\x04LOST\x10\x08\x12\x11\n\rCHECKPOINTIN\
+    G\x10\x14\x12\x10\n\x0cCHECKPOINTED\x10\x15\x12\x0c\n\x08FETCHING\x10\
+    \x16\x12\x0b\n\x07FETCHED\x10\x17\x12\x0c\n\x08RESTORED\x10\x18\x12\r\n\
+    \tSUSPENDED\x10\x19\x12\x0b\n\x07RESUMED\x10\x1a\"t\n\x11CheckpointReque\
+    st\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\x12\x12\n\x04name\
+    \x18\x02\x20\x01(\tR\x04name\x12\x12\n\x04exit\x18\x03\x20\x01(\x08R\x04\
+    exit\x12\x19\n\x08keep_tcp\x18\x04\x20\x01(\x08R\x07keepTcp\">\n\x12Chec\
+    kpointResponse\x12\x14\n\x05image\x18\x01\x20\x01(\tR\x05image\x12\x12\n\
+    \x04json\x18\x02\x20\x01(\tR\x04json\"\x93\x01\n\x0eRestoreRequest\x12\
+    \x14\n\x05image\x18\x01\x20\x01(\tR\x05image\x12\x0e\n\x02id\x18\x02\x20\
+    \x01(\tR\x02id\x12\x12\n\x04like\x18\x03\x20\x01(\tR\x04like\x121\n\x14c\
+    ontainerd_namespace\x18\x04\x20\x01(\tR\x13containerdNamespace\x12\x14\n\
+    \x05force\x18\x05\x20\x01(\x08R\x05force\"M\n\x0fRestoreResponse\x12\x14\
+    \n\x05image\x18\x01\x20\x01(\tR\x05image\x12\x10\n\x03pid\x18\x02\x20\
+    \x01(\rR\x03pid\x12\x12\n\x04json\x18\x03\x20\x01(\tR\x04json\".\n\x0eSu\
+    spendRequest\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\"I\n\
+    \x0fSuspendResponse\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\
+    \x12\x18\n\x07already\x18\x02\x20\x01(\x08R\x07already\"-\n\rResumeReque\
+    st\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\"H\n\x0eResumeRes\
+    ponse\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\x12\x18\n\x07a\
+    lready\x18\x02\x20\x01(\x08R\x07already\"w\n\rRemoveRequest\x12\x1c\n\tn\
+    amespace\x18\x01\x20\x01(\tR\tnamespace\x12\x12\n\x04name\x18\x02\x20\
+    \x01(\tR\x04name\x12\x1e\n\ngeneration\x18\x03\x20\x01(\x04R\ngeneration\
+    \x12\x14\n\x05force\x18\x04\x20\x01(\x08R\x05force\"(\n\x0eRemoveRespons\
+    e\x12\x16\n\x06images\x18\x01\x20\x03(\tR\x06images\"@\n\x0cFetchRequest\
+    \x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespace\x12\x12\n\x04name\
+    \x18\x02\x20\x01(\tR\x04name\"7\n\rFetchResponse\x12\x14\n\x05image\x18\
+    \x01\x20\x01(\tR\x05image\x12\x10\n\x03hit\x18\x02\x20\x01(\x08R\x03hit\
+    \"\x0e\n\x0cRoundRequest\"'\n\rRoundResponse\x12\x16\n\x06failed\x18\x01\
+    \x20\x01(\rR\x06failed2\xd1\x05\n\x05Agent\x12M\n\x06Images\x12\x20.reki\
+    ndle.agent.v1.ImagesRequest\x1a!.rekindle.agent.v1.ImagesResponse\x12D\n\
+    \x05Watch\x12\x1f.rekindle.agent.v1.WatchRequest\x1a\x18.rekindle.agent.\
+    v1.Event0\x01\x12Y\n\nCheckpoint\x12$.rekindle.agent.v1.CheckpointReques\
+    t\x1a%.rekindle.agent.v1.CheckpointResponse\x12P\n\x07Restore\x12!.rekin\
+    dle.agent.v1.RestoreRequest\x1a\".rekindle.agent.v1.RestoreResponse\x12P\
+    \n\x07Suspend\x12!.rekindle.agent.v1.SuspendRequest\x1a\".rekindle.agent\
+    .v1.SuspendResponse\x12M\n\x06Resume\x12\x20.rekindle.agent.v1.ResumeReq\
+    uest\x1a!.rekindle.agent.v1.ResumeResponse\x12M\n\x06Remove\x12\x20.reki\
+    ndle.agent.v1.RemoveRequest\x1a!.rekindle.agent.v1.RemoveResponse\x12J\n\
+    \x05Fetch\x12\x1f.rekindle.agent.v1.FetchRequest\x1a\x20.rekindle.agent.\
+    v1.FetchResponse\x12J\n\x05Round\x12\x1f.rekindle.agent.v1.RoundRequest\
+    \x1a\x20.rekindle.agent.v1.RoundResponseb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file
@@ -1813,7 +3082,7 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
     file_descriptor.get(|| {
         let generated_file_descriptor = generated_file_descriptor_lazy.get(|| {
             let mut deps = ::std::vec::Vec::with_capacity(0);
-            let mut messages = ::std::vec::Vec::with_capacity(11);
+            let mut messages = ::std::vec::Vec::with_capacity(19);
             messages.push(ImagesRequest::generated_message_descriptor_data());
             messages.push(ImagesResponse::generated_message_descriptor_data());
             messages.push(Image::generated_message_descriptor_data());
@@ -1821,6 +3090,14 @@ pub fn file_descriptor() -> &'static ::protobuf::reflect::FileDescriptor {
             messages.push(Event::generated_message_descriptor_data());
             messages.push(CheckpointRequest::generated_message_descriptor_data());
             messages.push(CheckpointResponse::generated_message_descriptor_data());
+            messages.push(RestoreRequest::generated_message_descriptor_data());
+            messages.push(RestoreResponse::generated_message_descriptor_data());
+            messages.push(SuspendRequest::generated_message_descriptor_data());
+            messages.push(SuspendResponse::generated_message_descriptor_data());
+            messages.push(ResumeRequest::generated_message_descriptor_data());
+            messages.push(ResumeResponse::generated_message_descriptor_data());
+            messages.push(RemoveRequest::generated_message_descriptor_data());
+            messages.push(RemoveResponse::generated_message_descriptor_data());
             messages.push(FetchRequest::generated_message_descriptor_data());
             messages.push(FetchResponse::generated_message_descriptor_data());
             messages.push(RoundRequest::generated_message_descriptor_data());

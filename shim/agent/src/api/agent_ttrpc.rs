@@ -32,6 +32,26 @@ impl AgentClient {
         ::ttrpc::async_client_request!(self, ctx, req, "rekindle.agent.v1.Agent", "Checkpoint", cres);
     }
 
+    pub async fn restore(&self, ctx: ttrpc::context::Context, req: &super::agent::RestoreRequest) -> ::ttrpc::Result<super::agent::RestoreResponse> {
+        let mut cres = super::agent::RestoreResponse::new();
+        ::ttrpc::async_client_request!(self, ctx, req, "rekindle.agent.v1.Agent", "Restore", cres);
+    }
+
+    pub async fn suspend(&self, ctx: ttrpc::context::Context, req: &super::agent::SuspendRequest) -> ::ttrpc::Result<super::agent::SuspendResponse> {
+        let mut cres = super::agent::SuspendResponse::new();
+        ::ttrpc::async_client_request!(self, ctx, req, "rekindle.agent.v1.Agent", "Suspend", cres);
+    }
+
+    pub async fn resume(&self, ctx: ttrpc::context::Context, req: &super::agent::ResumeRequest) -> ::ttrpc::Result<super::agent::ResumeResponse> {
+        let mut cres = super::agent::ResumeResponse::new();
+        ::ttrpc::async_client_request!(self, ctx, req, "rekindle.agent.v1.Agent", "Resume", cres);
+    }
+
+    pub async fn remove(&self, ctx: ttrpc::context::Context, req: &super::agent::RemoveRequest) -> ::ttrpc::Result<super::agent::RemoveResponse> {
+        let mut cres = super::agent::RemoveResponse::new();
+        ::ttrpc::async_client_request!(self, ctx, req, "rekindle.agent.v1.Agent", "Remove", cres);
+    }
+
     pub async fn fetch(&self, ctx: ttrpc::context::Context, req: &super::agent::FetchRequest) -> ::ttrpc::Result<super::agent::FetchResponse> {
         let mut cres = super::agent::FetchResponse::new();
         ::ttrpc::async_client_request!(self, ctx, req, "rekindle.agent.v1.Agent", "Fetch", cres);
@@ -76,6 +96,50 @@ impl ::ttrpc::r#async::MethodHandler for CheckpointMethod {
     }
 }
 
+struct RestoreMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for RestoreMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, RestoreRequest, restore);
+    }
+}
+
+struct SuspendMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for SuspendMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, SuspendRequest, suspend);
+    }
+}
+
+struct ResumeMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for ResumeMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, ResumeRequest, resume);
+    }
+}
+
+struct RemoveMethod {
+    service: Arc<dyn Agent + Send + Sync>,
+}
+
+#[async_trait]
+impl ::ttrpc::r#async::MethodHandler for RemoveMethod {
+    async fn handler(&self, ctx: ::ttrpc::r#async::TtrpcContext, req: ::ttrpc::Request) -> ::ttrpc::Result<::ttrpc::Response> {
+        ::ttrpc::async_request_handler!(self, ctx, req, agent, RemoveRequest, remove);
+    }
+}
+
 struct FetchMethod {
     service: Arc<dyn Agent + Send + Sync>,
 }
@@ -109,6 +173,18 @@ pub trait Agent: Sync {
     async fn checkpoint(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::CheckpointRequest) -> ::ttrpc::Result<super::agent::CheckpointResponse> {
         Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/rekindle.agent.v1.Agent/Checkpoint is not supported".to_string())))
     }
+    async fn restore(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::RestoreRequest) -> ::ttrpc::Result<super::agent::RestoreResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/rekindle.agent.v1.Agent/Restore is not supported".to_string())))
+    }
+    async fn suspend(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::SuspendRequest) -> ::ttrpc::Result<super::agent::SuspendResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/rekindle.agent.v1.Agent/Suspend is not supported".to_string())))
+    }
+    async fn resume(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::ResumeRequest) -> ::ttrpc::Result<super::agent::ResumeResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/rekindle.agent.v1.Agent/Resume is not supported".to_string())))
+    }
+    async fn remove(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::RemoveRequest) -> ::ttrpc::Result<super::agent::RemoveResponse> {
+        Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/rekindle.agent.v1.Agent/Remove is not supported".to_string())))
+    }
     async fn fetch(&self, _ctx: &::ttrpc::r#async::TtrpcContext, _: super::agent::FetchRequest) -> ::ttrpc::Result<super::agent::FetchResponse> {
         Err(::ttrpc::Error::RpcStatus(::ttrpc::get_status(::ttrpc::Code::NOT_FOUND, "/rekindle.agent.v1.Agent/Fetch is not supported".to_string())))
     }
@@ -130,6 +206,18 @@ pub fn create_agent(service: Arc<dyn Agent + Send + Sync>) -> HashMap<String, ::
 
     methods.insert("Checkpoint".to_string(),
                     Box::new(CheckpointMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("Restore".to_string(),
+                    Box::new(RestoreMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("Suspend".to_string(),
+                    Box::new(SuspendMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("Resume".to_string(),
+                    Box::new(ResumeMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
+
+    methods.insert("Remove".to_string(),
+                    Box::new(RemoveMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);
 
     methods.insert("Fetch".to_string(),
                     Box::new(FetchMethod{service: service.clone()}) as Box<dyn ::ttrpc::r#async::MethodHandler + Send + Sync>);

@@ -3,11 +3,12 @@
 use std::{
     fs::File,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use http_body_util::Empty;
 use hyper::{Request, body::Bytes, client::conn::http1, header::HOST};
@@ -23,7 +24,10 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::exit::Failure;
+use crate::{
+    cluster::{self, PodContainer},
+    output,
+};
 
 /// Between two looks.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -40,20 +44,61 @@ pub(crate) struct AwaitArgs {
     within: Duration,
     /// What makes it warm, as in the annotation.
     when: WarmWhen,
+    /// For `ready`: what the apiserver is asked with.
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// For `ready`: the container's pod, NAMESPACE/NAME.
+    #[arg(long)]
+    pod: Option<String>,
+    /// For `ready`: the pod's uid.
+    #[arg(long)]
+    uid: Option<String>,
+    /// For `ready`: the container's id.
+    #[arg(long)]
+    container: Option<String>,
 }
 
 /// To be called without a runtime: this thread goes where the container's network is, and there may be no other that does
-/// not follow.
+/// not follow. Why the container is not warm is one line on stdout, for the shim.
 pub(crate) fn run(args: &AwaitArgs) -> anyhow::Result<ExitCode> {
-    match wait(args) {
-        Ok(true) => Ok(ExitCode::SUCCESS),
-        Ok(false) => Ok(ExitCode::FAILURE),
-        // Other than that it is not warm.
-        Err(error) => Err(Failure::Refused(format!("{error:#}")).into()),
+    let waited = match args.when {
+        WarmWhen::Ready => wait_for_readiness(args),
+        _ => wait_in_its_network(args),
+    };
+    match waited {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(reason) => {
+            output::line(format!("{reason:#}"));
+            Ok(ExitCode::FAILURE)
+        }
     }
 }
 
-fn wait(args: &AwaitArgs) -> anyhow::Result<bool> {
+/// Asks the apiserver, in the network of the host: the pod's may not lead there.
+fn wait_for_readiness(args: &AwaitArgs) -> anyhow::Result<()> {
+    let needs = "ready needs --kubeconfig, --pod, --uid and --container";
+    let kubeconfig = args.kubeconfig.as_deref().context(needs)?;
+    let (namespace, pod) = args
+        .pod
+        .as_deref()
+        .and_then(|pod| pod.split_once('/'))
+        .context(needs)?;
+    let container = PodContainer {
+        namespace: namespace.to_owned(),
+        pod: pod.to_owned(),
+        uid: args.uid.clone().context(needs)?,
+        id: args.container.clone().context(needs)?,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let mut why = "the apiserver has not answered".to_owned();
+    let waiting = cluster::until_ready(kubeconfig, &container, &mut why);
+    let waited = runtime.block_on(async { timeout(args.within, waiting).await });
+    waited.unwrap_or_else(|_| bail!("not within {} s: {why}", args.within.as_secs()))
+}
+
+fn wait_in_its_network(args: &AwaitArgs) -> anyhow::Result<()> {
     let root =
         File::open(format!("/proc/{}/root", args.pid)).context("looking into the container")?;
     let network =
@@ -67,6 +112,7 @@ fn wait(args: &AwaitArgs) -> anyhow::Result<bool> {
         loop {
             let begun = Instant::now();
             let warm = match &args.when {
+                WarmWhen::Ready => bail!("the apiserver is not asked from the pod's network"),
                 WarmWhen::After(after) => {
                     sleep(*after).await;
                     true
@@ -75,8 +121,11 @@ fn wait(args: &AwaitArgs) -> anyhow::Result<bool> {
                 WarmWhen::Tcp(port) => answers(*port, None).await,
                 WarmWhen::Http { port, path } => answers(*port, Some(path)).await,
             };
-            if warm || begun >= until {
-                return Ok(warm);
+            if warm {
+                return Ok(());
+            }
+            if begun >= until {
+                bail!("not within {} s", args.within.as_secs());
             }
             sleep(AGAIN).await;
         }

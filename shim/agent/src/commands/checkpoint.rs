@@ -11,26 +11,27 @@ use std::{
 
 use clap::Args;
 use indicatif::ProgressBar;
-use rekindle_checkpoint::{ImageError, ImageStore, SealedImage, manifest::Source};
+use rekindle_checkpoint::{ImageError, ImageStore, Request, SealedImage, manifest::Source};
 use rekindle_core::{
     config::NodeConfig,
     duration,
     name::{ImageName, Namespace, WARM_PREFIX},
 };
 use serde::Serialize;
+use serde_json::json;
 
 use crate::{
     containerd::{
         self, CheckpointOptions, Containerd,
-        select::{self, Container},
+        select::Container,
         shim::{self, Shim},
     },
     exit::Failure,
     output,
 };
 
-/// Where a container is looked for when no namespace was named: Kubernetes' first, then ctr's.
-const NAMESPACES: [&str; 2] = ["k8s.io", "default"];
+/// Between two looks how far it is.
+const TICK: Duration = Duration::from_millis(200);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -72,11 +73,14 @@ pub(crate) struct CheckpointArgs {
     /// Print one line of JSON.
     #[arg(long)]
     json: bool,
+    /// With --json: before that, a line for each step that begins and for how much is stored.
+    #[arg(long, requires = "json")]
+    progress: bool,
 }
 
 /// What was typed, resolved: everything a checkpoint needs, checked.
 #[derive(Debug)]
-struct Request {
+struct Resolved {
     container: Container,
     digest: Option<String>,
     namespace: Namespace,
@@ -119,7 +123,7 @@ async fn checkpoint(
     let request = resolve(args, config, &containerd).await?;
     let store = ImageStore::open(&config.images.root)?;
     // Dropped on any way out, it takes the partial folder along.
-    let partial = store.begin(&request.namespace, &args.name, request.source())?;
+    let mut partial = store.begin(&request.namespace, &args.name, request.source())?;
     let options = CheckpointOptions {
         exit: args.exit,
         open_tcp: args.keep_tcp,
@@ -133,9 +137,8 @@ async fn checkpoint(
         "checkpoint of {} to {}/{}",
         args.container, request.namespace, args.name
     ));
-    containerd
-        .checkpoint(&request.container, &options, request.timeout)
-        .await?;
+    let made = containerd.checkpoint(&request.container, &options, request.timeout);
+    watched(args, spinner, &mut partial, made).await?;
     let image = partial.finish().map_err(|error| match error {
         ImageError::Unknown(_) => Failure::Refused(format!(
             "checkpoint of container {}: its shim made no image in {}; the configuration that it read when the pod was created has another images.root, or it is older than this program",
@@ -148,25 +151,57 @@ async fn checkpoint(
     Ok(Answer::new(&request, args, &image, began.elapsed()))
 }
 
+/// Waits for the image, and tells how far it is to who wants to know.
+async fn watched(
+    args: &CheckpointArgs,
+    spinner: &ProgressBar,
+    partial: &mut Request,
+    made: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<()> {
+    let mut made = std::pin::pin!(made);
+    let mut ticks = tokio::time::interval(TICK);
+    let mut step = String::new();
+    let mut told = 0;
+    loop {
+        let ended = tokio::select! {
+            ended = &mut made => Some(ended),
+            _ = ticks.tick() => None,
+        };
+        for begun in partial.steps()? {
+            if args.progress {
+                output::json(&json!({"event": "step", "step": begun}))?;
+            }
+            step = begun;
+        }
+        // With the last step the image leaves the folder.
+        let stored = partial.stored().unwrap_or(told);
+        if !step.is_empty() && ended.is_none() {
+            spinner.set_message(format!("{step}, {}", output::bytes(stored)));
+        }
+        if stored > told && args.progress {
+            output::json(&json!({"event": "progress", "step": step, "done": stored}))?;
+        }
+        told = stored.max(told);
+        if let Some(ended) = ended {
+            return ended;
+        }
+    }
+}
+
 async fn resolve(
     args: &CheckpointArgs,
     config: &NodeConfig,
     containerd: &Containerd,
-) -> anyhow::Result<Request> {
-    let searched = match &args.containerd_namespace {
-        Some(namespace) => vec![namespace.as_str()],
-        None => NAMESPACES.to_vec(),
-    };
-    let mut containers = Vec::new();
-    for namespace in &searched {
-        containers.extend(containerd.containers(namespace).await?);
-    }
-    let container = select::select(&args.container, &searched, containers)?;
+) -> anyhow::Result<Resolved> {
+    let namespace = args.containerd_namespace.as_deref();
+    let container = containerd
+        .find(&args.container, namespace, "checkpointed")
+        .await?;
     require_our_shim(&container, args.exit).await?;
     let digest = containerd
         .image_digest(&container.namespace, &container.image)
         .await?;
-    Ok(Request {
+    Ok(Resolved {
         namespace: container.image_namespace().parse()?,
         timeout: args.timeout.unwrap_or(config.deadlines.checkpoint),
         container,
@@ -174,7 +209,7 @@ async fn resolve(
     })
 }
 
-impl Request {
+impl Resolved {
     fn source(&self) -> Source {
         Source {
             image_ref: Some(self.container.image.clone()).filter(|name| !name.is_empty()),
@@ -226,7 +261,7 @@ struct Answer {
 
 impl Answer {
     fn new(
-        request: &Request,
+        request: &Resolved,
         args: &CheckpointArgs,
         image: &SealedImage,
         elapsed: Duration,

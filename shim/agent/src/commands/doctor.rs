@@ -11,6 +11,7 @@ use crate::{
     output::{self, Paint},
 };
 
+mod apiserver;
 mod checks;
 mod cri;
 mod shown;

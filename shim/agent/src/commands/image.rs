@@ -194,6 +194,9 @@ enum ImageCommand {
         /// bytes until it has them.
         #[arg(long)]
         force: bool,
+        /// Print one line of JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Copy an image into an OCI image layout, in a folder or a bucket, or into a registry. What is there already is not
     /// written again.
@@ -253,13 +256,15 @@ pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<
         ImageCommand::Rm {
             image: remote::Doomed::Tag(place),
             namespace,
+            json,
             ..
-        } => remote::rm(config, &place, namespace.as_ref()),
+        } => remote::rm(config, &place, namespace.as_ref(), json),
         ImageCommand::Rm {
             image: remote::Doomed::Image(image),
             namespace,
             force,
-        } => rm(&store, &Which { image, namespace }, force),
+            json,
+        } => rm(&store, &Which { image, namespace }, force, json),
         ImageCommand::Gc(args) => match &args.place {
             Some(place) => remote::gc(config, place, &args),
             None => gc::run(&store, config, &args),
@@ -433,7 +438,16 @@ fn bar(reference: &str, bytes: u64) -> ProgressBar {
     bar
 }
 
-fn rm(store: &ImageStore, which: &Which, force: bool) -> anyhow::Result<ExitCode> {
+fn rm(store: &ImageStore, which: &Which, force: bool, json: bool) -> anyhow::Result<ExitCode> {
+    let told = |removed: &[String]| match json {
+        true => output::json(&json!({"removed": removed})),
+        false => {
+            removed
+                .iter()
+                .for_each(|image| output::line(format!("removed {image}")));
+            Ok(())
+        }
+    };
     let (name, generation) = (&which.image.name, which.image.generation);
     let namespace = match locate(store, &which.image, which.namespace.as_ref()) {
         Ok((namespace, _)) => namespace,
@@ -444,7 +458,12 @@ fn rm(store: &ImageStore, which: &Which, force: bool) -> anyhow::Result<ExitCode
                 Some(namespace)
                     if generation.is_none() && store.forget_warm(namespace, name)? =>
                 {
-                    output::line(format!("forgot what was known of {namespace}/{name}"));
+                    match json {
+                        true => told(&[])?,
+                        false => {
+                            output::line(format!("forgot what was known of {namespace}/{name}"))
+                        }
+                    }
                     return Ok(ExitCode::SUCCESS);
                 }
                 _ => return Err(error),
@@ -454,9 +473,11 @@ fn rm(store: &ImageStore, which: &Which, force: bool) -> anyhow::Result<ExitCode
     let removed = store
         .remove(&namespace, name, generation, force)
         .map_err(failure)?;
-    for generation in removed {
-        output::line(format!("removed {namespace}/{name}@{generation}"));
-    }
+    let removed = removed.iter();
+    let removed: Vec<String> = removed
+        .map(|generation| format!("{namespace}/{name}@{generation}"))
+        .collect();
+    told(&removed)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -15,6 +15,8 @@ const KIND: &str = "io.cri-containerd.kind";
 pub(crate) struct State {
     /// Running or paused: it can be checkpointed.
     pub(crate) alive: bool,
+    /// It stands still.
+    pub(crate) paused: bool,
     /// For messages.
     pub(crate) word: String,
     /// Whether its init process has a terminal.
@@ -27,6 +29,7 @@ impl Default for State {
     fn default() -> Self {
         Self {
             alive: false,
+            paused: false,
             word: "without a task".to_owned(),
             terminal: false,
             pid: 0,
@@ -97,9 +100,10 @@ impl Container {
 ///
 /// A full id wins; then a pod's container by name, of which only a living one counts (a restarted
 /// container leaves its dead predecessors behind); then the beginning of an id.
-/// `searched` are the namespaces that `containers` come from.
+/// `searched` are the namespaces that `containers` come from, and `doing` is what is to be done with it.
 pub(crate) fn select(
     query: &str,
+    doing: &str,
     searched: &[&str],
     containers: Vec<Container>,
 ) -> Result<Container, Failure> {
@@ -127,7 +131,7 @@ pub(crate) fn select(
         ))),
         [one] if one.state.alive => Ok(one.clone()),
         [one] => Err(Failure::Refused(format!(
-            "container {}: only a running or paused container can be checkpointed",
+            "container {}: only a running or paused container can be {doing}",
             one.shown()
         ))),
         several => {
@@ -169,6 +173,7 @@ mod tests {
             labels,
             state: State {
                 alive,
+                paused: false,
                 word,
                 terminal: false,
                 pid: 0,
@@ -189,7 +194,7 @@ mod tests {
     }
 
     fn look_for(query: &str) -> Result<Container, Failure> {
-        select(query, &["k8s.io", "default"], node())
+        select(query, "checkpointed", &["k8s.io", "default"], node())
     }
 
     #[test]

@@ -30,6 +30,8 @@ fn name(args: &[&str]) -> Option<&'static str> {
         ["image", "diff", ..] => Some("image-diff"),
         ["image", "gc", ..] if elsewhere => Some("image-gc-tier"),
         ["image", "gc", ..] => Some("image-gc"),
+        ["image", "rm", ..] => Some("image-rm"),
+        ["suspend" | "resume", ..] => Some("suspend"),
         ["image", "import", ..] => Some("image-import"),
         ["image", "export", ..] => Some("image-export"),
         ["image", "push", ..] => Some("image-push"),

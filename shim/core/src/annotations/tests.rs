@@ -103,10 +103,6 @@ fn a_sentence_names_key_value_and_what_is_allowed() {
         ),
         (&[("rekindle.dev/restore-from", "a@zero")], &["generation"]),
         (
-            &[("rekindle.dev/warm-start", "auto")],
-            &["warm-start", "rekindle.dev/warm-when"],
-        ),
-        (
             &[("rekindle.dev/warm-start", "always")],
             &["warm-start", "\"always\"", "auto"],
         ),
@@ -117,9 +113,9 @@ fn a_sentence_names_key_value_and_what_is_allowed() {
         (
             &[
                 ("rekindle.dev/warm-start", "auto"),
-                ("rekindle.dev/warm-when", "ready"),
+                ("rekindle.dev/warm-when", "readily"),
             ],
-            &["warm-when", "readiness", "http://:PORT/PATH"],
+            &["warm-when", "allowed are ready, http://:PORT/PATH"],
         ),
         (
             &[
@@ -278,6 +274,7 @@ fn what_makes_a_container_warm() {
                 path: "/".to_owned(),
             },
         ),
+        ("ready", WarmWhen::Ready),
         ("tcp://:65535", WarmWhen::Tcp(65535)),
         (
             "file:///tmp/is ready",

@@ -16,7 +16,7 @@ const SIGNALS: [(&str, i32); 3] = [("SIGHUP", 1), ("SIGUSR1", 10), ("SIGUSR2", 1
 /// none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WarmRequest {
-    /// When the container is worth an image.
+    /// When the container is worth an image; [`WarmWhen::Ready`] where nothing is said.
     pub when: WarmWhen,
     /// Variables of its environment by which containers of one kind differ.
     pub ignore_env: Vec<String>,
@@ -25,6 +25,9 @@ pub struct WarmRequest {
 /// When a container counts as warm.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WarmWhen {
+    /// Its pod says that it is ready: what the kubelet's probe of it found, as the apiserver has it. Only a pod's container
+    /// has one.
+    Ready,
     /// Something in its network namespace answers a GET of this path on this port with a status from 200 to 399, as
     /// the kubelet's probes have it.
     Http {
@@ -44,13 +47,8 @@ pub enum WarmWhen {
 /// Why a `warm-when` was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WarmWhenError {
-    /// The pod's own readiness.
-    #[error(
-        "this build cannot ask for the pod's readiness yet; allowed are http://:PORT/PATH, tcp://:PORT, file:///PATH and after:DURATION"
-    )]
-    Ready,
     /// None of the forms.
-    #[error("allowed are http://:PORT/PATH, tcp://:PORT, file:///PATH and after:DURATION")]
+    #[error("allowed are ready, http://:PORT/PATH, tcp://:PORT, file:///PATH and after:DURATION")]
     Form,
     /// Not of this container.
     #[error("it is asked for inside of the pod: write no host, http://:8000/health")]
@@ -68,7 +66,7 @@ impl FromStr for WarmWhen {
             |path: &str| path.len() <= MAX_TEXT && path.chars().all(|c| c.is_ascii_graphic());
         let port = |text: &str| text.parse().ok().filter(|port| *port != 0_u16);
         if text == "ready" {
-            return Err(WarmWhenError::Ready);
+            return Ok(Self::Ready);
         }
         if let Some(after) = text.strip_prefix("after:") {
             return Ok(Self::After(duration::parse(after)?));
@@ -103,6 +101,7 @@ impl FromStr for WarmWhen {
 impl fmt::Display for WarmWhen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Ready => f.write_str("ready"),
             Self::Http { port, path } => write!(f, "http://:{port}{path}"),
             Self::Tcp(port) => write!(f, "tcp://:{port}"),
             Self::File(path) => write!(f, "file://{path}"),
@@ -154,8 +153,7 @@ pub(super) fn parse<'a>(
             return Err(wrong("warm-start", "auto", reason));
         }
         Some("auto") => {
-            let when =
-                get("warm-when").ok_or_else(|| alone("warm-start", "rekindle.dev/warm-when"))?;
+            let when = get("warm-when").unwrap_or("ready");
             Some(WarmRequest {
                 when: when.parse().map_err(|e| wrong("warm-when", when, e))?,
                 ignore_env: get("warm-ignore-env")

@@ -18,7 +18,10 @@ use crate::{
     data,
     error::{Error, sentence},
     lifecycle::State,
-    phases::{PhaseError, warm::Warm},
+    phases::{
+        PhaseError,
+        warm::{self, Warm},
+    },
     programs,
     threads::blocking,
 };
@@ -160,12 +163,21 @@ impl Container {
         command.args(["await", "--pid", &self.view().pid.to_string()]);
         command.args(["--within", &format!("{}ms", within.as_millis())]);
         command.arg(when.to_string());
+        if *when == WarmWhen::Ready {
+            let identity = &self.fixed.plan.identity;
+            let (Some(pod), Some(uid)) = (&identity.pod, &identity.pod_uid) else {
+                return Err("its pod has no name or no uid".to_owned());
+            };
+            let kubeconfig = warm::kubeconfig(&self.fixed.shared.node)?;
+            command.arg("--kubeconfig").arg(kubeconfig);
+            command.args(["--pod", pod, "--uid", uid, "--container", &self.fixed.id]);
+        }
         // Its own clock is the one that counts.
         let deadline = within + Duration::from_secs(10);
-        match programs::status(&self.fixed.runc.exits, command, deadline).await {
-            Ok(0) => Ok(()),
-            Ok(1) => Err(format!("not within {} s", within.as_secs())),
-            Ok(status) => Err(format!("`rekindle await` ended with status {status}")),
+        match programs::outcome(&self.fixed.runc.exits, command, deadline).await {
+            Ok((0, _)) => Ok(()),
+            Ok((1, reason)) if !reason.is_empty() => Err(reason.trim_end().to_owned()),
+            Ok((status, _)) => Err(format!("`rekindle await` ended with status {status}")),
             Err(error) => Err(format!("`rekindle await`: {error}")),
         }
     }

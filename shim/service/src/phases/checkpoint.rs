@@ -15,15 +15,15 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    Facts, ImageStore, Order, Partial, fit::container_facts, manifest::DumpFlags, pages::Tasks,
-    plain,
+    Facts, ImageStore, Order, Partial, fit::container_facts, gpu, manifest::DumpFlags,
+    pages::Tasks, plain,
 };
 
 use rekindle_core::step::CheckpointStep as Step;
 
 use super::{PhaseError, done, step};
 use crate::{
-    bundle::{self, Spec},
+    bundle::Spec,
     context::Fixed,
     criu::{self, CheckpointRequest, CriuError, Purpose},
     error::{Error, sentence},
@@ -55,19 +55,27 @@ pub(crate) async fn run(
     // With exit they stay frozen until their end: what they did after the dump would be in nobody's image.
     let held = state == State::Running;
     let release = held && !request.exit;
-    let destination = match step(id, Step::Where, destination(fixed, request)).await? {
+    let order = step(id, Step::Where, destination(fixed, request)).await?;
+    let steps = Steps {
+        id,
+        told: order.as_ref().map(Order::steps),
+    };
+    let destination = match order {
         Some(order) => {
             refuse_image(fixed, &spec)?;
-            let partial = step(id, Step::Begin, begin(fixed, order)).await?;
+            let partial = steps.run(Step::Begin, begin(fixed, order)).await?;
             Some(match held && fixed.shared.node.images.precopy {
-                true => step(id, Step::Precopy, precopy::run(fixed, pid, partial, until)).await?,
+                true => {
+                    let precopy = precopy::run(fixed, pid, partial, until);
+                    steps.run(Step::Precopy, precopy).await?
+                }
                 false => (partial, None),
             })
         }
         None => None,
     };
     if held {
-        if let Err(error) = step(id, Step::Hold, hold::hold(fixed, pid)).await {
+        if let Err(error) = steps.run(Step::Hold, hold::hold(fixed, pid)).await {
             // It may be frozen, or half of it.
             thaw(fixed).await;
             return Err(error);
@@ -85,7 +93,7 @@ pub(crate) async fn run(
                 work: &work,
                 until,
             };
-            sealed(fixed, job, facts, release).await
+            sealed(fixed, job, facts, release, &steps).await
         }
         None => plainly(fixed, request, &facts, &work, release).await,
     };
@@ -99,15 +107,35 @@ pub(crate) async fn run(
         let _ = fs::remove_dir_all(&work);
     }
     if request.exit {
-        step(id, Step::Kill, kill(fixed)).await?;
+        steps.run(Step::Kill, kill(fixed)).await?;
     }
     Ok(())
+}
+
+/// The steps of a checkpoint, of which whoever asked for the image hears, too.
+struct Steps<'a> {
+    id: &'a str,
+    /// None for plain files: who asked for those reads nothing.
+    told: Option<rekindle_checkpoint::Steps>,
+}
+
+impl Steps<'_> {
+    async fn run<T>(
+        &self,
+        name: Step,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        if let Some(told) = &self.told {
+            told.begins(name.name());
+        }
+        step(self.id, name, work).await
+    }
 }
 
 fn refuse(fixed: &Fixed, init: i32, execs: &[(String, i32)]) -> Result<(), Error> {
     let mut gpus = fixed.gpu_devices.clone();
     if gpus.is_empty() {
-        gpus = bundle::gpus_of(init);
+        gpus = gpu::of_process(init);
     }
     if !gpus.is_empty() {
         return Err(PhaseError::Gpu {
@@ -227,19 +255,18 @@ async fn sealed(
     job: window::Job<'_>,
     mut facts: Facts,
     release: bool,
+    steps: &Steps<'_>,
 ) -> Result<(), Error> {
     facts.dump.lazy = true;
     facts.source = job.partial.source().clone();
     facts.source.container.clone_from(&fixed.id);
     facts.source.pod.clone_from(&fixed.plan.identity.pod);
     let dump = window::dump(fixed, job, &facts.dump);
-    let (partial, taken) = step(&fixed.id, Step::Dump, dump).await?;
+    let (partial, taken) = steps.run(Step::Dump, dump).await?;
     if release {
         // They go on before the image is sealed.
-        step(&fixed.id, Step::Release, async {
-            Ok(fixed.runc.resume().await?)
-        })
-        .await?;
+        let resume = async { Ok(fixed.runc.resume().await?) };
+        steps.run(Step::Release, resume).await?;
     }
     // What was written is watched no more. They go on meanwhile.
     let precopy = taken.precopy;
@@ -256,7 +283,7 @@ async fn sealed(
             .into()
         })
     };
-    let image = step(&id, Step::Seal, sealing).await?;
+    let image = steps.run(Step::Seal, sealing).await?;
     tracing::info!(
         id,
         image = image.reference(),

@@ -4,7 +4,7 @@
 
 mod mounted;
 
-use std::{fs, os::unix::fs::MetadataExt, time::Duration};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use mounted::Mounted;
@@ -13,7 +13,8 @@ use rekindle_checkpoint::{
     warm::{End, Kind, Surroundings, WarmImages},
 };
 use rekindle_core::{
-    annotations::{Policy, WarmRequest},
+    annotations::{Policy, WarmRequest, WarmWhen},
+    config::NodeConfig,
     plan::RestorePlan,
 };
 
@@ -98,6 +99,19 @@ pub(crate) async fn choose(fixed: &Fixed, spec: &Spec, create: &CreateTaskReques
     }
 }
 
+/// What the apiserver is asked with for a pod's readiness; why it cannot be.
+pub(crate) fn kubeconfig(node: &NodeConfig) -> Result<&Path, String> {
+    let all = node.kubernetes.kubeconfigs();
+    let found = all.iter().find(|path| path.exists());
+    found.copied().ok_or_else(|| {
+        let all: Vec<_> = all.iter().map(|path| path.display().to_string()).collect();
+        format!(
+            "the apiserver cannot be asked whether its pod is ready: there is no kubeconfig at {} (kubernetes.kubeconfig)",
+            all.join(" or ")
+        )
+    })
+}
+
 fn cannot(fixed: &Fixed, reason: String) -> Error {
     PhaseError::CannotRestoreHere {
         id: fixed.id.clone(),
@@ -144,7 +158,7 @@ async fn find(fixed: &Fixed, spec: &Spec, request: WarmRequest) -> Result<Warm, 
     let root = fixed.shared.node.images.root.clone();
     let ignore = request.ignore_env.clone();
     let found = blocking(move || {
-        let is_the_hosts = |kind: &str, path: &std::path::Path| {
+        let is_the_hosts = |kind: &str, path: &Path| {
             let name = if kind == "network" { "net" } else { kind };
             let name = if name == "mount" { "mnt" } else { name };
             let identity = |of: fs::Metadata| (of.dev(), of.ino());
@@ -183,6 +197,12 @@ async fn find(fixed: &Fixed, spec: &Spec, request: WarmRequest) -> Result<Warm, 
         found.ok_or_else(|| cannot("its name cannot be part of an image's"))?;
     let (_, name) = images.name();
     tracing::info!(id = fixed.id, %name, generation, "warm-start: auto");
+    if generation.is_none()
+        && request.when == WarmWhen::Ready
+        && let Err(reason) = kubeconfig(&fixed.shared.node)
+    {
+        tracing::warn!(id = fixed.id, reason, "no image will be made");
+    }
     Ok(Warm {
         images,
         request,

@@ -14,11 +14,11 @@ use rekindle_core::{
 use rustix::fs::statvfs;
 use tokio::{process::Command, time::timeout};
 
-use super::{Check, DoctorArgs, cri};
+use super::{Check, DoctorArgs, apiserver, cri};
 use crate::{containerd::Containerd, keys, output};
 
 /// No program that is asked for its version needs longer, and `criu check` takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// Below this a store is as good as full: one PyTorch process makes an image of about half of it.
 const LITTLE_SPACE: u64 = 1 << 30;
 
@@ -43,6 +43,7 @@ pub(super) async fn all(args: &DoctorArgs, config: &NodeConfig) -> Vec<Check> {
     checks.push(store("images.root", &config.images.root));
     checks.push(sources(config));
     checks.extend(config.images.keys.iter().map(image_key));
+    checks.push(apiserver::check(&config.kubernetes).await);
     checks.extend(gpu(Path::new("/dev")));
     checks
 }

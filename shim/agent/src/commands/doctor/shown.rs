@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use rekindle_core::{
-    config::{Compression, Export, ImageKey, NodeConfig, Paging, Source, Tier},
+    config::{Compression, Export, ImageKey, Kubernetes, NodeConfig, Paging, Source, Tier},
     size,
 };
 use serde::Serialize;
@@ -15,6 +15,8 @@ pub(super) struct Shown<'a> {
     warm_start: WarmStart,
     deadlines: Deadlines,
     agent: Agent<'a>,
+    #[serde(skip_serializing_if = "is_default")]
+    kubernetes: &'a Kubernetes,
     images: Images<'a>,
     datasets: Datasets<'a>,
 }
@@ -107,6 +109,7 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
                 every: duration(config.agent.every),
                 group: config.agent.group.as_deref(),
             },
+            kubernetes: &config.kubernetes,
             images: Images {
                 root: &config.images.root,
                 compression: config.images.compression,
@@ -130,6 +133,10 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
             },
         }
     }
+}
+
+fn is_default(kubernetes: &&Kubernetes) -> bool {
+    **kubernetes == Kubernetes::default()
 }
 
 fn duration(of: Duration) -> String {
@@ -161,6 +168,8 @@ mod tests {
             [agent]
             every = "10s"
             group = "rekindle"
+            [kubernetes]
+            kubeconfig = "/etc/rekindle/kubeconfig"
             [images]
             root = "/srv/images"
             compression = "lz4"

@@ -69,6 +69,7 @@ pub(super) fn rm(
     config: &NodeConfig,
     place: &Place,
     namespace: Option<&Namespace>,
+    json: bool,
 ) -> anyhow::Result<ExitCode> {
     let uri = bucket(place)?;
     let Some(wanted) = &place.tag else {
@@ -93,10 +94,17 @@ pub(super) fn rm(
         let reason = format!("{uri} has no tag {wanted} (`rekindle image ls {uri}` shows them)");
         return Err(Failure::NotFound(reason).into());
     }
+    let mut removed = Vec::new();
     for tag in found {
         if layout.remove(tag)? {
-            output::line(format!("removed {tag} from {uri}"));
+            if !json {
+                output::line(format!("removed {tag} from {uri}"));
+            }
+            removed.push(tag);
         }
+    }
+    if json {
+        output::json(&json!({"removed": removed}))?;
     }
     Ok(ExitCode::SUCCESS)
 }
