@@ -41,7 +41,7 @@ pub struct Apiserver {
 #[derive(Debug)]
 enum Server {
     StandIn(StandIn),
-    Real(Real),
+    Real(Box<Real>),
 }
 
 impl Apiserver {
@@ -51,8 +51,8 @@ impl Apiserver {
             None => Self::stand_in(Vec::new()),
             Some(programs) => {
                 let (pki, address) = (Pki::new()?, free()?);
-                let server =
-                    Server::Real(Real::start(&PathBuf::from(programs), &pki, address).await?);
+                let real = Real::start(&PathBuf::from(programs), &pki, address).await?;
+                let server = Server::Real(Box::new(real));
                 Ok(Apiserver {
                     pki,
                     address,

@@ -110,7 +110,8 @@ fn tar(entries: &[Entry<'_>]) -> Vec<u8> {
         header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
         header.set_entry_type(*kind);
         header.set_mode(0o640);
-        (header.set_uid(7), header.set_gid(8));
+        header.set_uid(7);
+        header.set_gid(8);
         header.set_mtime(1_700_000_000);
         if kind.is_file() {
             header.set_size(bytes.len() as u64);
