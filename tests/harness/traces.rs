@@ -70,16 +70,22 @@ impl Node {
 
     /// The files in the writable layer of a container that was made through [`Node::container`].
     pub async fn layer_of(&self, id: &str) -> Result<Vec<String>> {
+        let upper = format!("{}/fs", self.folder_of_layer(id).await?);
+        let files = self.run(["find", &upper, "-mindepth", "1"]).await?;
+        Ok(files.lines().map(str::to_owned).collect())
+    }
+
+    /// The folder that has it, as `fs`, and the overlay's `work`.
+    pub async fn folder_of_layer(&self, id: &str) -> Result<String> {
         let key = format!("{id}-snapshot");
         let mount = self
             .run(["ctr", "snapshots", "mounts", "/mnt", &key])
             .await?;
         let begin = mount.split("upperdir=").nth(1);
         let upper = begin.and_then(|rest| rest.split([',', ' ']).next());
-        let upper =
-            upper.with_context(|| format!("snapshot {key} has no upper folder: {mount}"))?;
-        let files = self.run(["find", upper, "-mindepth", "1"]).await?;
-        Ok(files.lines().map(str::to_owned).collect())
+        let folder = upper.and_then(|upper| upper.strip_suffix("/fs"));
+        let folder = folder.with_context(|| format!("snapshot {key} has no upper folder: {mount}"));
+        Ok(folder?.to_owned())
     }
 
     /// The socket of the shim that serves `id`, which the shim itself has started.

@@ -15,7 +15,7 @@ mod agent_ttrpc;
 
 use agent::event::Kind;
 use agent_ttrpc::AgentClient;
-use rekindle_checkpoint::manifest::UPPER_FILE;
+use rekindle_checkpoint::manifest::{ORIGIN_FILE, UPPER_FILE};
 use rekindle_checkpoint::{Facts, ImageStore, chunks::Compression};
 use rekindle_core::step::AgentStep;
 use rekindle_harness::{cli, s3_server, schema};
@@ -115,6 +115,11 @@ impl Node {
 
     /// Makes the next generation of `NAMESPACE/warm`, unlike all others.
     fn make(&self, namespace: &str, seed: u32) {
+        self.make_of(namespace, seed, &[UPPER_FILE]);
+    }
+
+    /// The same, of so many streams.
+    fn make_of(&self, namespace: &str, seed: u32, streams: &[&str]) {
         let store = self.store();
         let (namespace, name) = (namespace.parse().unwrap(), "warm".parse().unwrap());
         let request = store.begin(&namespace, &name, Default::default()).unwrap();
@@ -125,9 +130,11 @@ impl Node {
         let criu = partial.criu_dir();
         fs::write(criu.join("inventory.img"), words([0x5831_3116, 0])).unwrap();
         fs::write(criu.join("pstree.img"), words([0x5456_4319, 0x5027_3030])).unwrap();
-        let mut stream = partial.chunks().stream(UPPER_FILE);
-        stream.write_all(&bytes(seed)).unwrap();
-        stream.finish().unwrap();
+        for (name, seed) in streams.iter().zip(seed..) {
+            let mut stream = partial.chunks().stream(name);
+            stream.write_all(&bytes(seed)).unwrap();
+            stream.finish().unwrap();
+        }
         partial.seal(Facts::default()).unwrap();
     }
 
@@ -418,6 +425,87 @@ fn it_is_killed_in_each_of_its_steps() {
         }
     }
     println!("{cases} agents were killed");
+}
+
+/// What has come of an image that is fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Come {
+    Nothing,
+    /// As much as a restore needs to begin.
+    Begun,
+    All,
+}
+
+impl Node {
+    fn come(&self, generation: u64) -> Come {
+        if self.listed("team-a").is_empty() {
+            return Come::Nothing;
+        }
+        let folder = self.root("node").join(format!("team-a/warm/{generation}"));
+        match folder.join(ORIGIN_FILE).exists() {
+            true => Come::Begun,
+            false => Come::All,
+        }
+    }
+}
+
+/// Whenever it is killed: there is nothing, or a begun image that says so, or all of it; and the next one goes on.
+#[test]
+fn a_fetch_is_killed_at_any_time() {
+    let node = Node::new();
+    node.make_of("team-a", 0, &[UPPER_FILE, "criu/pages-1.img"]);
+    let image = |args: &[&str]| {
+        let args = [&["image"], args].concat();
+        node.rekindle("node", &args).output().unwrap()
+    };
+    for args in [
+        &["push", "team-a/warm", "s3://images/a/"][..],
+        &["rm", "team-a/warm"],
+    ] {
+        let done = image(args);
+        assert!(done.status.success(), "{done:?}");
+    }
+    let (mut seen, mut kills) = (Vec::new(), 0);
+    for after in (0..).step_by(15) {
+        let mut fetch = node
+            .rekindle("node", &["image", "fetch", "team-a/warm"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::park_timeout(Duration::from_millis(after));
+        fetch.kill().unwrap();
+        let ended = fetch.wait().unwrap();
+        kills += usize::from(!ended.success());
+        let come = node.come(2);
+        assert_eq!(ended.success(), ended.success() && come == Come::All);
+        let verified = image(&["verify", "team-a/warm"]);
+        let said = String::from_utf8_lossy(&verified.stderr).into_owned();
+        let said = said + &String::from_utf8_lossy(&verified.stdout);
+        match come {
+            Come::Nothing => assert!(said.contains("there is no image"), "{said}"),
+            Come::Begun => assert!(said.contains("is not all on this node yet"), "{said}"),
+            Come::All => assert!(verified.status.success(), "{said}"),
+        }
+        // What has come is never lost.
+        assert!(
+            seen.last().is_none_or(|last| *last as u8 <= come as u8),
+            "{seen:?}, then {come:?}"
+        );
+        if seen.last() != Some(&come) {
+            seen.push(come);
+        }
+        if come == Come::All {
+            break;
+        }
+    }
+    assert_eq!(seen, [Come::Nothing, Come::Begun, Come::All]);
+    println!("{kills} fetches were killed");
+    // The next one leaves nothing of them, and is told that it is here.
+    let done = image(&["fetch", "team-a/warm"]);
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(node.partial(), 0);
+    assert_eq!(node.here("team-a"), [2]);
 }
 
 /// For a call that takes at most a minute.

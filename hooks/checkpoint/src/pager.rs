@@ -122,7 +122,7 @@ impl fmt::Display for PagerExit {
 
 /// How far a restore has come. Its pager may die in any of these.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-enum Phase {
+pub enum Phase {
     /// Nobody has connected yet.
     #[default]
     Waiting,
@@ -132,6 +132,19 @@ enum Phase {
     Loading,
     /// The pager has said that none is. What it does then is for the next restore.
     Loaded,
+}
+
+impl Phase {
+    /// All of them, in their order. One that is new does not compile until it has its place here.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let next = |phase: &Self| match phase {
+            Self::Waiting => Some(Self::Restoring),
+            Self::Restoring => Some(Self::Loading),
+            Self::Loading => Some(Self::Loaded),
+            Self::Loaded => None,
+        };
+        std::iter::successors(Some(Self::Waiting), next)
+    }
 }
 
 /// Duplicates of the userfaultfds of a restored container. Not closed by being dropped.

@@ -37,5 +37,8 @@ fn run(cli: cli::Cli) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(commands::run(cli))
+    let outcome = runtime.block_on(commands::run(cli));
+    // Threads that fetch chunks of an image use it until the process ends: without it they panic, beside the reason.
+    std::mem::forget(runtime);
+    outcome
 }

@@ -5,7 +5,7 @@ use std::fmt;
 macro_rules! steps {
     ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $step:ident = $text:literal)* }) => {
         $(#[$meta])*
-        #[derive(Clone, Copy, PartialEq, Eq)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
         pub enum $name { $($(#[$doc])* $step,)* }
 
         impl $name {

@@ -56,6 +56,31 @@ impl Copy {
     pub(crate) fn path(&self, file: &str) -> PathBuf {
         self.0.join(file)
     }
+
+    /// Its one pack.
+    fn pack(&self) -> Result<String> {
+        let all = files(&self.0)?.into_iter();
+        let mut packs = all.filter_map(|file| file.into_os_string().into_string().ok());
+        let pack = packs.find(|file| file.starts_with("pack-"));
+        pack.context("the image has no pack")
+    }
+
+    /// Flips the byte at a place, of so many.
+    fn flip(&self, file: &str, at: fn(u64) -> u64) -> Result<()> {
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(self.path(file))?;
+        let at = at(file.metadata()?.len());
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at)?;
+        Ok(file.write_all_at(&[byte[0] ^ 1], at)?)
+    }
+
+    fn set_len(&self, file: &str, of: fn(u64) -> u64) -> Result<()> {
+        let file = fs::OpenOptions::new().write(true).open(self.path(file))?;
+        Ok(file.set_len(of(file.metadata()?.len()))?)
+    }
 }
 
 /// The files of an image, relative to its folder.
@@ -74,11 +99,7 @@ fn files(image: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-fn is_pack(file: &Path) -> bool {
-    file.to_string_lossy().starts_with("pack-")
-}
-
-const SHM: &str = "/run/flipped-shm";
+const SHM: &str = "/run/damaged-shm";
 
 fn bound_shm(container: Builder<'_>) -> Builder<'_> {
     container.change_spec(|spec| {
@@ -90,140 +111,156 @@ fn bound_shm(container: Builder<'_>) -> Builder<'_> {
     })
 }
 
-/// A sound image called `name`, whose container is gone.
-async fn image(stage: &Stage, name: &str) -> Result<()> {
-    let (task, _) = stage.lived_in(name).await?;
-    stage.checkpoint(name, name, &[]).await?;
-    task.remove().await
-}
+/// What becomes of an image, and the words with which it is refused.
+type Case = (
+    &'static str,
+    fn(&Copy) -> Result<()>,
+    &'static [&'static str],
+);
 
-pub(crate) async fn one_flipped_byte_in_any_file(stage: &Stage) -> Result<()> {
+/// One of each kind; `hooks/checkpoint/src/image/tests/faults.rs` has all of them.
+const CASES: &[Case] = &[
+    (
+        "the first byte of the manifest is flipped",
+        |image| image.flip("manifest.json", |_| 0),
+        &["manifest.json", "cannot be understood"],
+    ),
+    (
+        "a byte of the manifest's digest is flipped",
+        |image| image.flip("manifest.blake3", |bytes| bytes / 2),
+        &["manifest.json", "checksum"],
+    ),
+    (
+        "a byte of the index is flipped",
+        |image| image.flip("chunks.index", |bytes| bytes / 2),
+        &["chunks.index", "checksum"],
+    ),
+    (
+        "the magic of a file of CRIU's is flipped",
+        |image| image.flip("criu/core-1.img", |_| 0),
+        &["criu/core-1.img", "checksum"],
+    ),
+    (
+        "the last byte of a file of CRIU's is flipped",
+        |image| image.flip("criu/mm-1.img", |bytes| bytes - 1),
+        &["criu/mm-1.img", "checksum"],
+    ),
+    // It has the archives at its end, the last of them of /dev/shm, and an archive ends with zeros that are in no pack.
+    (
+        "the last byte of the pack is flipped",
+        |image| image.flip(&image.pack()?, |bytes| bytes - 1),
+        &["pack-", "is damaged"],
+    ),
+    (
+        "the pack is cut by a byte",
+        |image| image.set_len(&image.pack()?, |bytes| bytes - 1),
+        &["pack-", "bytes where"],
+    ),
+    (
+        "a file of CRIU's is empty",
+        |image| image.set_len("criu/core-1.img", |_| 0),
+        &["criu/core-1.img", "has 0 bytes"],
+    ),
+    (
+        "the index has a TiB of holes",
+        |image| image.set_len("chunks.index", |_| 1 << 40),
+        &["chunks.index", "has 1099511627776 bytes"],
+    ),
+    (
+        "a file is missing",
+        |image| Ok(fs::remove_file(image.path("criu/core-1.img"))?),
+        &["core-1.img", "missing"],
+    ),
+    (
+        "there is a file too many",
+        |image| Ok(fs::write(image.path("criu/tty-info.img"), "")?),
+        &["tty-info.img", "not in the manifest"],
+    ),
+    (
+        "a link is in place of a file",
+        |image| {
+            let file = image.path("criu/core-1.img");
+            fs::copy(&file, image.path("../core-1.img"))?;
+            fs::remove_file(&file)?;
+            Ok(std::os::unix::fs::symlink("../../core-1.img", file)?)
+        },
+        &["core-1.img", "not a regular file"],
+    ),
+    (
+        "a FIFO is in place of the manifest's digest",
+        |image| {
+            let file = image.path("manifest.blake3");
+            fs::remove_file(&file)?;
+            Ok(nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU)?)
+        },
+        &["manifest.blake3", "not a regular file"],
+    ),
+    (
+        "a folder is in place of the index",
+        |image| {
+            let file = image.path("chunks.index");
+            fs::remove_file(&file)?;
+            Ok(fs::create_dir(file)?)
+        },
+        &["chunks.index", "not a regular file"],
+    ),
+    (
+        "its manifest names a file outside",
+        |image| {
+            image.change_manifest(|manifest| {
+                manifest["files"][0]["path"] = "../../../../../etc/passwd".into();
+            })
+        },
+        &["manifest.json", "plain name"],
+    ),
+    // Of right checksum, but not where it belongs: who may use an image is decided by where it lies.
+    (
+        "its manifest says that it is another namespace's",
+        |image| image.change_manifest(|manifest| manifest["namespace"] = "platform".into()),
+        &["says that it is platform/"],
+    ),
+    // Of right checksum too: a claim of 4 TB, which whoever believed it would have to find room for.
+    (
+        "a pagemap claims a billion pages",
+        |image| image.reseal("criu/pagemap-1.img", claim_a_billion_pages),
+        &["pagemap-1.img", "claims 1000"],
+    ),
+];
+
+/// Whatever it is: refused in one sentence, nothing left, and the image as it was still starts.
+pub(crate) async fn one_of_each_kind_is_refused(stage: &Stage) -> Result<()> {
     // As in a pod, /dev/shm is a bind, which has an archive of its own.
     stage.node.run(["mkdir", "-p", SHM]).await?;
     let line = "echo kept > /root/note; echo shared > /dev/shm/note; exec /counter";
-    let task = bound_shm(stage.container("flipped").shell(line))
-        .run()
-        .await?;
-    counts_to(task.io().out()?, 2).await?;
-    stage.checkpoint("flipped", "flipped", &[]).await?;
+    let task = bound_shm(stage.container("damaged").shell(line));
+    let task = task.run().await?;
+    let before = counts_to(task.io().out()?, 2).await?;
+    stage.checkpoint("damaged", "damaged", &[]).await?;
+    let at = counts_to(task.io().out()?, before.n).await?;
     task.remove().await?;
-    let folder = stage.image("default", "flipped");
-    let all = files(&folder)?;
-    for needed in [
-        "manifest.json",
-        "manifest.blake3",
-        "chunks.index",
-        "criu/inventory.img",
-        "criu/core-1.img",
-    ] {
-        ensure!(
-            all.iter().any(|file| file == Path::new(needed)),
-            "the image has no {needed}: {all:?}"
-        );
+    for (number, (what, harm, words)) in CASES.iter().enumerate() {
+        let id = format!("damaged-{number}");
+        let copy = Copy::of(stage, "damaged", &id)?;
+        harm(&copy).with_context(|| (*what).to_owned())?;
+        let refused = stage.refuses(&id, bound_shm(stage.warm(&id, &id)), words);
+        refused.await.with_context(|| (*what).to_owned())?;
+        let verified = stage.rekindle(&["image", "verify", &id]).await?;
+        assert_eq!(verified.status.code(), Some(1), "{what}: {verified:?}");
     }
-    ensure!(
-        all.iter().any(|file| is_pack(file)),
-        "the image has no pack: {all:?}"
-    );
-    let mut count = 0;
-    for relative in &all {
-        let file = fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(folder.join(relative))?;
-        let size = file.metadata()?.len();
-        let mut places = vec![0, size / 2, size.saturating_sub(1)];
-        places.dedup();
-        for at in places {
-            count += 1;
-            let id = format!("flipped-{count}");
-            let mut byte = [0];
-            // A file of no bytes gets one.
-            let grown = file.read_at(&mut byte, at)? == 0;
-            file.write_all_at(&[byte[0] ^ 1], at)?;
-            let refused = stage
-                .refuses(
-                    &id,
-                    bound_shm(stage.warm(&id, "flipped")),
-                    &["default/flipped"],
-                )
-                .await;
-            refused.with_context(|| format!("byte {at} of {} was flipped", relative.display()))?;
-            match grown {
-                true => file.set_len(0)?,
-                false => file.write_all_at(&byte, at)?,
-            }
-        }
-    }
-    // Put back as it was, it is an image again: nothing but the byte was the reason.
-    let warm = bound_shm(stage.warm("flipped-back", "flipped"))
-        .run()
-        .await?;
-    counts_to(warm.io().out()?, 6).await?;
+    println!("{} kinds of damage", CASES.len());
+    // Nothing but that was the reason.
+    Copy::of(stage, "damaged", "damaged-not")?;
+    let warm = bound_shm(stage.warm("damaged-not", "damaged-not"));
+    let warm = warm.run().await?;
+    crate::stage::continues(&warm, &before, at.n).await?;
     warm.remove().await
 }
 
-/// An image for one test, and a copy of it.
-async fn copy(stage: &Stage, name: &str) -> Result<Copy> {
-    image(stage, name).await?;
-    Copy::of(stage, name, &format!("{name}-copy"))
-}
-
-async fn refuses(stage: &Stage, name: &str, words: &[&str]) -> Result<()> {
-    let (id, image) = (format!("{name}-2"), format!("{name}-copy"));
-    stage.refuses(&id, stage.warm(&id, &image), words).await?;
-    let verified = stage.rekindle(&["image", "verify", &image]).await?;
-    assert_eq!(verified.status.code(), Some(1));
-    Ok(())
-}
-
-pub(crate) async fn a_truncated_file(stage: &Stage) -> Result<()> {
-    let copy = copy(stage, "truncated").await?;
-    let all = files(&copy.0)?;
-    let pack = all.iter().find(|file| is_pack(file)).context("no pack")?;
-    let pack = fs::OpenOptions::new().write(true).open(copy.0.join(pack))?;
-    pack.set_len(pack.metadata()?.len() - 1)?;
-    refuses(stage, "truncated", &["pack-", "bytes"]).await
-}
-
-pub(crate) async fn a_missing_file(stage: &Stage) -> Result<()> {
-    let copy = copy(stage, "missing").await?;
-    fs::remove_file(copy.path("criu/core-1.img"))?;
-    refuses(stage, "missing", &["core-1.img", "missing"]).await
-}
-
-pub(crate) async fn an_extra_file(stage: &Stage) -> Result<()> {
-    let copy = copy(stage, "extra").await?;
-    fs::write(copy.path("criu/tty-info.img"), "")?;
-    refuses(stage, "extra", &["tty-info.img", "not in the manifest"]).await
-}
-
-pub(crate) async fn a_link_in_place_of_a_file(stage: &Stage) -> Result<()> {
-    let copy = copy(stage, "linked").await?;
-    let elsewhere = stage.node.path("/tmp/core-1.img");
-    fs::copy(copy.path("criu/core-1.img"), elsewhere)?;
-    fs::remove_file(copy.path("criu/core-1.img"))?;
-    std::os::unix::fs::symlink("/tmp/core-1.img", copy.path("criu/core-1.img"))?;
-    refuses(stage, "linked", &["core-1.img", "not a regular file"]).await
-}
-
-/// Of right checksum, but not where it belongs: who may use an image is decided by where it lies.
-pub(crate) async fn a_manifest_of_another_image(stage: &Stage) -> Result<()> {
-    let copy = copy(stage, "moved").await?;
-    copy.change_manifest(|manifest| manifest["namespace"] = "platform".into())?;
-    refuses(stage, "moved", &["platform/moved-copy"]).await
-}
-
-/// Of right checksum too: a claim of 4 TB, which whoever believed it would have to find room for.
-pub(crate) async fn a_pagemap_that_claims_a_billion_pages(stage: &Stage) -> Result<()> {
-    let copy = copy(stage, "greedy").await?;
-    copy.reseal("criu/pagemap-1.img", |bytes| {
-        // One more run: vaddr = 1 << 47, beyond all others, and nr_pages = 10^9 in both fields, lazy and present.
-        let address = [8, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x20];
-        let billion = [0x80, 0x94, 0xeb, 0xdc, 0x03];
-        let run = [&address[..], &[16], &billion, &[32, 6, 40], &billion].concat();
-        bytes.extend_from_slice(&u32::try_from(run.len()).unwrap_or_default().to_le_bytes());
-        bytes.extend_from_slice(&run);
-    })?;
-    refuses(stage, "greedy", &["pagemap-1.img", "claims 1000"]).await
+/// One more run: vaddr = 1 << 47, beyond all others, and nr_pages = 10^9 in both fields, lazy and present.
+fn claim_a_billion_pages(pagemap: &mut Vec<u8>) {
+    let address = [8, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x20];
+    let billion = [0x80, 0x94, 0xeb, 0xdc, 0x03];
+    let run = [&address[..], &[16], &billion, &[32, 6, 40], &billion].concat();
+    pagemap.extend_from_slice(&u32::try_from(run.len()).unwrap_or_default().to_le_bytes());
+    pagemap.extend_from_slice(&run);
 }

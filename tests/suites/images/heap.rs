@@ -5,10 +5,12 @@ use anyhow::{Context, Result, bail, ensure};
 use containerd_client::tonic::Code;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rekindle_checkpoint::pager::Phase;
 use rekindle_harness::container::{Builder, State};
 use rekindle_harness::{Container, Count, poll};
 use std::fs;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 /// A pager that was not seen in this time has done its work.
@@ -217,19 +219,6 @@ pub(crate) async fn loading<'s>(
     bail!("in {ATTEMPTS} restores no pager was seen in mid-load")
 }
 
-pub(crate) async fn a_killed_pager_ends_the_container(stage: &Stage) -> Result<()> {
-    image(stage, "orphaned").await?;
-    let (warm, pager) = loading(stage, || heap(stage, "orphaned-2"), "orphaned").await?;
-    assert_eq!(warm.state().await?, State::Running);
-    kill(pager, Signal::SIGKILL)?;
-    let ended = warm.wait().await?;
-    assert_eq!(ended.status, 137);
-    sound(&warm)?;
-    warm.reaches(State::Stopped).await?;
-    warm.remove().await?;
-    stage.node.is_rid_of("orphaned-2").await
-}
-
 /// Whether a pager has been given the memory of a process.
 fn holds_memory(pager: Pid) -> bool {
     let all = fs::read_dir(format!("/proc/{pager}/fd"));
@@ -238,41 +227,98 @@ fn holds_memory(pager: Pid) -> bool {
     })
 }
 
-/// CRIU would wait for its pages for ever.
-pub(crate) async fn a_pager_that_dies_during_the_restore_fails_the_start(
-    stage: &Stage,
-) -> Result<()> {
-    image(stage, "unborn").await?;
-    // As soon as it is there, which is long before CRIU has built the process; and as soon as it has the process.
-    for (id, late) in [("unborn-2", false), ("unborn-3", true)] {
-        let warm = heap(stage, id).annotation(RESTORE_FROM, "unborn");
-        let warm = warm.create().await?;
-        let strike = async {
-            let pager = pager(stage, 0).await?;
-            while late && !holds_memory(pager) {
-                tokio::time::sleep(Duration::from_micros(200)).await;
-            }
-            Ok::<_, anyhow::Error>(kill(pager, Signal::SIGKILL)?)
+/// Whenever it is killed: it costs the start or the container, or nothing when all is in; and never zeros.
+pub(crate) async fn a_pager_is_killed_in_each_phase(stage: &Stage) -> Result<()> {
+    let last = image(stage, "orphaned").await?;
+    for phase in Phase::all() {
+        let id = format!("orphaned-{phase:?}").to_lowercase();
+        let killed = match phase {
+            Phase::Waiting => unborn(stage, &id, false).await,
+            Phase::Restoring => unborn(stage, &id, true).await,
+            Phase::Loading => orphaned(stage, &id).await,
+            Phase::Loaded => done_with(stage, &id, &last).await,
         };
-        let both = async { tokio::join!(warm.start(), tokio::time::timeout(SEEN, strike)) };
-        let (started, struck) = tokio::time::timeout(SEEN * 2, both)
-            .await
-            .context("the start goes on without its pager")?;
-        struck.context("no pager was seen")??;
-        match started {
-            Err(refusal) => {
-                let said = refusal.message();
-                ensure!(said.contains("the pager was ended by signal 9"), "{said}");
-            }
-            // CRIU had just finished.
-            Ok(_) if late => assert_eq!(warm.wait().await?.status, 137),
-            Ok(_) => bail!("it was started without its memory"),
-        }
-        sound(&warm)?;
-        warm.delete().await?;
-        stage.node.is_rid_of(id).await?;
-        warm.remove().await?;
+        killed.with_context(|| format!("killed when {phase:?}"))?;
+        stage.node.is_rid_of(&id).await?;
     }
+    println!("{} phases", Phase::all().count());
+    Ok(())
+}
+
+/// Killed as soon as it is there, which is long before CRIU has built the process; or as soon as it has the process. CRIU
+/// would wait for its pages for ever.
+async fn unborn(stage: &Stage, id: &str, late: bool) -> Result<()> {
+    let warm = heap(stage, id).annotation(RESTORE_FROM, "orphaned");
+    let warm = warm.create().await?;
+    let strike = async {
+        let pager = pager(stage, 0).await?;
+        while late && !holds_memory(pager) {
+            tokio::time::sleep(Duration::from_micros(200)).await;
+        }
+        Ok::<_, anyhow::Error>(kill(pager, Signal::SIGKILL)?)
+    };
+    let both = async { tokio::join!(warm.start(), tokio::time::timeout(*poll::DEADLINE, strike)) };
+    let (started, struck) = tokio::time::timeout(*poll::DEADLINE * 2, both)
+        .await
+        .context("the start goes on without its pager")?;
+    struck.context("no pager was seen")??;
+    match started {
+        Err(refusal) => {
+            let said = refusal.message();
+            ensure!(said.contains("the pager was ended by signal 9"), "{said}");
+        }
+        // CRIU had just finished.
+        Ok(_) if late => assert_eq!(warm.wait().await?.status, 137),
+        Ok(_) => bail!("it was started without its memory"),
+    }
+    sound(&warm)?;
+    warm.delete().await?;
+    warm.remove().await
+}
+
+async fn orphaned(stage: &Stage, id: &str) -> Result<()> {
+    let (warm, pager) = loading(stage, || heap(stage, id), "orphaned").await?;
+    assert_eq!(warm.state().await?, State::Running);
+    kill(pager, Signal::SIGKILL)?;
+    assert_eq!(warm.wait().await?.status, 137);
+    sound(&warm)?;
+    is_told_of(stage, id, "the pager was ended by signal 9")?;
+    warm.reaches(State::Stopped).await?;
+    warm.remove().await
+}
+
+/// Killed when the shim has let go of the memory, which it does at the pager's word. It may be over by then.
+async fn done_with(stage: &Stage, id: &str, last: &Count) -> Result<()> {
+    let (warm, pager) = loading(stage, || heap(stage, id), "orphaned").await?;
+    let (shim, _) = stage.node.shim_of(id)?;
+    let shim = Pid::from_raw(shim.try_into()?);
+    ensure!(holds_memory(shim), "the shim holds no memory in mid-load");
+    kill(pager, Signal::SIGCONT)?;
+    let done = async {
+        while holds_memory(shim) {
+            tokio::time::sleep(Duration::from_micros(200)).await;
+        }
+    };
+    tokio::time::timeout(*poll::DEADLINE, done)
+        .await
+        .context("it does not come to its end")?;
+    let _ = kill(pager, Signal::SIGKILL);
+    is_sound(&warm, last).await?;
+    warm.remove().await
+}
+
+/// That the log has the reason of a container's end.
+fn is_told_of(stage: &Stage, id: &str, why: &str) -> Result<()> {
+    let log = stage.node.log_tail(usize::MAX);
+    let (of, ended) = (format!("id=\"{id}\""), "the container is ended");
+    let told = log
+        .lines()
+        .filter(|line| line.contains(ended) && line.contains(&of));
+    let told: Vec<&str> = told.collect();
+    ensure!(
+        told.len() == 1 && told[0].contains(why),
+        "{why:?} is told in {told:?}"
+    );
     Ok(())
 }
 
@@ -336,31 +382,79 @@ pub(crate) async fn a_shim_that_is_killed_while_loading_leaves_nothing(
     warm.remove().await
 }
 
-/// The promise: a page is what was sealed, or nobody reads it.
-pub(crate) async fn a_flipped_page_ends_the_container(stage: &Stage) -> Result<()> {
-    image(stage, "flipped-heap").await?;
-    let folder = stage.image("default", "flipped-heap");
+/// What becomes of the pack that a container's memory is in.
+#[derive(Debug, Clone, Copy)]
+enum Harm {
+    /// One byte, before the start.
+    Flipped,
+    /// One byte of each chunk that is still to come.
+    AllFlipped,
+    /// It is cut to nothing in mid-load.
+    Cut,
+    /// The image is removed by force in mid-load.
+    Removed,
+}
+
+impl Harm {
+    fn inflict(self, pack: &Path) -> Result<()> {
+        let file = fs::File::options().read(true).write(true).open(pack)?;
+        let bytes = file.metadata()?.len();
+        let places = match self {
+            Self::Flipped => vec![bytes / 2],
+            Self::AllFlipped => (0..bytes).step_by(64 << 10).collect(),
+            Self::Cut => return Ok(file.set_len(0)?),
+            Self::Removed => Vec::new(),
+        };
+        for at in places {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at)?;
+            file.write_all_at(&[byte[0] ^ 1], at)?;
+        }
+        Ok(())
+    }
+}
+
+/// The promise: a page is what was sealed, or nobody reads it. One reason is told, and the image, put back as it was,
+/// is an image again.
+pub(crate) async fn whatever_becomes_of_its_pack_a_page_is_what_was_sealed(
+    stage: &Stage,
+) -> Result<()> {
+    let last = image(stage, "harmed").await?;
+    let folder = stage.image("default", "harmed");
     let mut all = fs::read_dir(&folder)?.filter_map(Result::ok);
     let pack = all
         .find(|entry| entry.file_name().to_string_lossy().starts_with("pack-"))
-        .context("the image has no pack")?;
-    let file = fs::File::options()
-        .read(true)
-        .write(true)
-        .open(pack.path())?;
-    let at = file.metadata()?.len() / 2;
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at)?;
-    file.write_all_at(&[byte[0] ^ 1], at)?;
-    let warm = heap(stage, "flipped-heap-2")
-        .annotation(RESTORE_FROM, "flipped-heap")
-        .create()
-        .await?;
+        .context("the image has no pack")?
+        .path();
+    let kept = stage.node.path("/var/tmp/harmed");
+    fs::copy(&pack, &kept)?;
+    let harms = [Harm::Flipped, Harm::AllFlipped, Harm::Cut, Harm::Removed];
+    for harm in harms {
+        let id = format!("harmed-{harm:?}").to_lowercase();
+        let harmed = match harm {
+            Harm::Flipped => flipped(stage, &id, &pack).await,
+            Harm::AllFlipped | Harm::Cut => harmed(stage, &id, (harm, &pack)).await,
+            Harm::Removed => removed(stage, &id, &last).await,
+        };
+        harmed.with_context(|| format!("{harm:?}"))?;
+        stage.node.is_rid_of(&id).await?;
+        if pack.exists() {
+            fs::copy(&kept, &pack)?;
+        }
+    }
+    println!("{} ways to harm a pack", harms.len());
+    Ok(fs::remove_file(kept)?)
+}
+
+async fn flipped(stage: &Stage, id: &str, pack: &Path) -> Result<()> {
+    Harm::Flipped.inflict(pack)?;
+    let warm = heap(stage, id).annotation(RESTORE_FROM, "harmed");
+    let warm = warm.create().await?;
     // A fault may ask for it before the restore is over, or a loader comes to it later.
     match warm.start().await {
         Ok(_) => {
             assert_eq!(warm.wait().await?.status, 137);
-            sound(&warm)?;
+            is_told_of(stage, id, "is damaged: what lies at byte")?;
         }
         Err(refusal) => {
             let said = refusal.message();
@@ -370,8 +464,40 @@ pub(crate) async fn a_flipped_page_ends_the_container(stage: &Stage) -> Result<(
             );
         }
     }
-    warm.remove().await?;
-    stage.node.is_rid_of("flipped-heap-2").await
+    sound(&warm)?;
+    warm.remove().await
+}
+
+async fn harmed(stage: &Stage, id: &str, (harm, pack): (Harm, &Path)) -> Result<()> {
+    let (warm, pager) = loading(stage, || heap(stage, id), "harmed").await?;
+    harm.inflict(pack)?;
+    kill(pager, Signal::SIGCONT)?;
+    assert_eq!(warm.wait().await?.status, 137);
+    sound(&warm)?;
+    is_told_of(stage, id, "is damaged: what lies at byte")?;
+    warm.remove().await
+}
+
+/// Whoever has its files open keeps them, and nothing of it comes back.
+async fn removed(stage: &Stage, id: &str, last: &Count) -> Result<()> {
+    let (warm, pager) = loading(stage, || heap(stage, id), "harmed").await?;
+    let refused = stage.rekindle(&["image", "rm", "harmed"]).await?;
+    ensure!(
+        !refused.status.success(),
+        "an image in use was removed: {refused:?}"
+    );
+    let rm = ["image", "rm", "harmed", "--force"];
+    let removed = stage.rekindle(&rm).await?;
+    ensure!(removed.status.success(), "{removed:?}");
+    kill(pager, Signal::SIGCONT)?;
+    is_sound(&warm, last).await?;
+    is_gone(stage, pager).await?;
+    let home = stage.image("default", "harmed");
+    let left: Vec<_> = fs::read_dir(home.parent().unwrap_or(&home))?
+        .map(|entry| Ok(entry?.file_name()))
+        .collect::<Result<_>>()?;
+    assert_eq!(left, [".last"]);
+    warm.remove().await
 }
 
 async fn is_gone(stage: &Stage, pager: Pid) -> Result<()> {

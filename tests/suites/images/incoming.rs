@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rekindle_harness::container::State;
+use rekindle_harness::s3::S3Server;
 use rekindle_harness::{Container, Count, poll};
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -43,10 +44,15 @@ impl Drop for Still {
     }
 }
 
-/// What says that an image is not all on the node.
+/// What says that an image is not all on the node. Its first generation was made here.
 fn origin(stage: &Stage, name: &str) -> PathBuf {
+    origin_of(stage, name, 2)
+}
+
+fn origin_of(stage: &Stage, name: &str, generation: u64) -> PathBuf {
     let first = stage.image("default", name);
-    first.with_file_name("2").join("origin.json")
+    let folder = first.with_file_name(generation.to_string());
+    folder.join("origin.json")
 }
 
 /// A heap whose image is in its tier only.
@@ -62,7 +68,16 @@ async fn afar(stage: &Stage, name: &str) -> Result<Count> {
 
 /// A container of an image that has begun to come in, and whose store stands still.
 async fn begun<'s>(stage: &'s Stage, id: &str, name: &str) -> Result<(Container<'s>, Still)> {
-    let origin = origin(stage, name);
+    begun_as(stage, id, name, 2).await
+}
+
+async fn begun_as<'s>(
+    stage: &'s Stage,
+    id: &str,
+    name: &str,
+    generation: u64,
+) -> Result<(Container<'s>, Still)> {
+    let origin = origin_of(stage, name, generation);
     let still = async {
         while !origin.exists() {
             tokio::time::sleep(Duration::from_micros(200)).await;
@@ -77,7 +92,11 @@ async fn begun<'s>(stage: &'s Stage, id: &str, name: &str) -> Result<(Container<
 }
 
 async fn is_whole(stage: &Stage, name: &str) -> Result<()> {
-    let origin = origin(stage, name);
+    is_whole_as(stage, name, 2).await
+}
+
+async fn is_whole_as(stage: &Stage, name: &str, generation: u64) -> Result<()> {
+    let origin = origin_of(stage, name, generation);
     poll::until("the rest of the image", async || {
         Ok((!origin.exists()).then_some(()))
     })
@@ -182,4 +201,102 @@ pub(crate) async fn other_bytes_in_the_bucket_end_it(stage: &Stage) -> Result<()
     let removed = stage.rekindle(&["image", "rm", "belied"]).await?;
     ensure!(removed.status.success(), "{removed:?}");
     Ok(())
+}
+
+/// What else happens meanwhile.
+#[derive(Debug, Clone, Copy)]
+enum Event {
+    /// Another container starts from it.
+    AnotherStart,
+    /// Somebody removes it by force.
+    Removed,
+    /// The store goes away, for longer than anybody's patience, and comes back.
+    StoreGone,
+}
+
+/// One image, which is fetched anew for each of them.
+pub(crate) async fn whatever_happens_it_is_sound_or_ends_with_the_reason(
+    stage: &Stage,
+) -> Result<()> {
+    let last = afar(stage, "eventful").await?;
+    let events = [Event::AnotherStart, Event::Removed, Event::StoreGone];
+    for (generation, event) in (2..).zip(events) {
+        let id = format!("eventful-{generation}");
+        let (warm, store) = begun_as(stage, &id, "eventful", generation).await?;
+        warm.start().await?;
+        let met = meets(stage, event, (&warm, store), (&last, generation)).await;
+        met.with_context(|| format!("{event:?}"))?;
+        sound(&warm)?;
+        warm.remove().await?;
+        stage.node.is_rid_of(&id).await?;
+        // And the next one fetches it again.
+        if !matches!(event, Event::Removed) {
+            let removed = stage.rekindle(&["image", "rm", "eventful"]).await?;
+            ensure!(removed.status.success(), "{removed:?}");
+        }
+    }
+    println!("{} events", events.len());
+    Ok(())
+}
+
+async fn meets(
+    stage: &Stage,
+    event: Event,
+    (warm, store): (&Container<'_>, Still),
+    (last, generation): (&Count, u64),
+) -> Result<()> {
+    match event {
+        Event::AnotherStart => {
+            let second = heap(stage, "eventful-beside").annotation(RESTORE_FROM, "eventful");
+            let second = second.run().await?;
+            drop(store);
+            is_sound(warm, last).await?;
+            is_sound(&second, last).await?;
+            second.remove().await?;
+            is_whole_as(stage, "eventful", generation).await
+        }
+        Event::Removed => {
+            let rm = ["image", "rm", "eventful", "--force"];
+            let removed = stage.rekindle(&rm).await?;
+            ensure!(removed.status.success(), "{removed:?}");
+            drop(store);
+            // Whoever has its files open keeps them.
+            is_sound(warm, last).await?;
+            poll::until("whoever fetches it to end", async || {
+                Ok(running(stage, "rekindle image fetch")?
+                    .is_empty()
+                    .then_some(()))
+            })
+            .await?;
+            ensure!(
+                !stage.images().await?.contains(&"eventful".to_owned()),
+                "what was removed came back"
+            );
+            Ok(())
+        }
+        Event::StoreGone => {
+            for pid in &store.0 {
+                kill(*pid, Signal::SIGKILL)?;
+            }
+            assert_eq!(warm.wait().await?.status, 137);
+            let log = stage.node.log_tail(usize::MAX);
+            let told = log.lines().any(|line| {
+                line.contains("the container is ended")
+                    && line.contains(&format!("id=\"{}\"", warm.id()))
+                    && line.contains("gave up after")
+            });
+            ensure!(told, "nobody is told why");
+            ensure!(
+                origin_of(stage, "eventful", generation).exists(),
+                "it passes for whole"
+            );
+            // It ends with this program, as the first one would have.
+            std::mem::forget(S3Server::empty(&stage.node, BUCKET).await?);
+            let again = heap(stage, "eventful-again").annotation(RESTORE_FROM, "eventful");
+            let again = again.run().await?;
+            is_sound(&again, last).await?;
+            is_whole_as(stage, "eventful", generation).await?;
+            again.remove().await
+        }
+    }
 }

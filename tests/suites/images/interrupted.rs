@@ -12,7 +12,7 @@ use rekindle_harness::{Count, poll};
 use std::time::{Duration, Instant};
 
 /// The folders of images that are being made, or were.
-async fn partial(stage: &Stage) -> Result<Vec<String>> {
+pub(crate) async fn partial(stage: &Stage) -> Result<Vec<String>> {
     let found = stage
         .node
         .run([
@@ -24,8 +24,9 @@ async fn partial(stage: &Stage) -> Result<Vec<String>> {
     Ok(found.lines().map(str::to_owned).collect())
 }
 
-/// What a checkpoint is that comes to the step. A step that is new has to say it, and is killed in then, too.
-fn more_for(step: Step) -> &'static [&'static str] {
+/// What a checkpoint is that comes to the step. A step that is new has to say it, and then is killed in, and has its disk
+/// full, too.
+pub(crate) fn more_for(step: Step) -> &'static [&'static str] {
     match step {
         Step::Facts
         | Step::Where
@@ -78,6 +79,63 @@ async fn killed_at(stage: &Stage, id: &str, step: Step) -> Result<()> {
     })
     .await?;
     task.remove().await
+}
+
+/// Whoever asks for it: the container runs on, or has ended as it was asked for, and there is a whole image or none.
+pub(crate) async fn the_command_is_killed_in_each_step_of_a_checkpoint(
+    stage: &Stage,
+) -> Result<()> {
+    for step in Step::ALL {
+        let id = format!("asker-dies-at-{}", step.name());
+        let killed = asker_killed_at(stage, &id, *step).await;
+        killed.with_context(|| format!("killed at {step:?}"))?;
+    }
+    println!("{} steps", Step::ALL.len());
+    Ok(())
+}
+
+async fn asker_killed_at(stage: &Stage, id: &str, step: Step) -> Result<()> {
+    let task = stage.container(id).args(&["/counter"]).run().await?;
+    let before = counts_to(task.io().out()?, 2).await?;
+    let more = more_for(step);
+    let args = [&["checkpoint", id, "--name", id], more].concat();
+    let strike = async {
+        stage
+            .node
+            .logs(&[&format!("begins id={id:?} step={step:?}")])
+            .await?;
+        let words = format!("rekindle checkpoint {id}");
+        for (pid, _) in stage.node.processes_with(&[&words])? {
+            kill(Pid::from_raw(pid.try_into()?), Signal::SIGKILL)?;
+        }
+        anyhow::Ok(())
+    };
+    let (output, struck) = tokio::join!(stage.rekindle(&args), strike);
+    struck?;
+    // It may have been over.
+    let asked = output?.status.success();
+    poll::until("the partial image to go", async || {
+        Ok(partial(stage).await?.is_empty().then_some(()))
+    })
+    .await?;
+    let whole = stage.images().await?.contains(&id.to_owned());
+    ensure!(whole || !asked, "it was told of an image that is not there");
+    if whole && more.contains(&"--exit") {
+        assert_eq!(task.wait().await?.status, 137);
+    } else {
+        counts_to(task.io().out()?, before.n + 3).await?;
+        let text = task.io().out()?.so_far();
+        let first = Count::first(&text).context("the counter said nothing")?;
+        first.continues_in(&text, first.n)?;
+        assert_eq!(task.state().await?, State::Running);
+    }
+    if whole {
+        let verified = stage.rekindle(&["image", "verify", id]).await?;
+        ensure!(verified.status.success(), "{verified:?}");
+        stage.rekindle(&["image", "rm", id]).await?;
+    }
+    task.remove().await?;
+    stage.node.is_rid_of(id).await
 }
 
 /// Where CRIU stands still, and holds the tasks.

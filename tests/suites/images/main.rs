@@ -8,6 +8,7 @@ mod api;
 mod archives;
 mod command;
 mod damaged;
+mod full;
 mod heap;
 mod imaging;
 mod incoming;
@@ -129,13 +130,7 @@ images! {
             a_layer_that_was_written_is_refused_and_kept
         }
         damaged {
-            one_flipped_byte_in_any_file
-            a_truncated_file
-            a_missing_file
-            an_extra_file
-            a_link_in_place_of_a_file
-            a_manifest_of_another_image
-            a_pagemap_that_claims_a_billion_pages
+            one_of_each_kind_is_refused
         }
         imaging {
             on_a_timer
@@ -188,9 +183,16 @@ images! {
         refused {
             under_a_configuration_that_is_wrong
         }
+        full {
+            the_disk_is_full_in_each_step_of_a_checkpoint
+            the_disk_is_full_while_memory_is_stored
+            there_is_no_room_for_an_image_that_is_fetched
+            there_is_no_room_for_what_is_staged
+        }
         interrupted {
             the_shim_is_killed_during_a_checkpoint
             the_shim_is_killed_in_each_step_of_a_checkpoint
+            the_command_is_killed_in_each_step_of_a_checkpoint
             the_command_is_killed_during_a_checkpoint
             calls_are_answered_while_a_restore_runs
             a_long_restore_delays_nobody_else
@@ -198,9 +200,8 @@ images! {
         }
         heap {
             a_checkpoint_while_still_loading_drains_first
-            a_flipped_page_ends_the_container
-            a_killed_pager_ends_the_container
-            a_pager_that_dies_during_the_restore_fails_the_start
+            whatever_becomes_of_its_pack_a_page_is_what_was_sealed
+            a_pager_is_killed_in_each_phase
             a_container_that_ends_while_loading_leaves_nothing
             a_shim_that_is_killed_while_loading_leaves_nothing
             what_is_small_is_read_before_it_runs
@@ -210,6 +211,7 @@ images! {
             who_fetches_it_is_killed
             its_pager_is_killed
             other_bytes_in_the_bucket_end_it
+            whatever_happens_it_is_sound_or_ends_with_the_reason
         }
         ahead {
             the_next_restore_brings_in_first_what_this_one_was_asked_for

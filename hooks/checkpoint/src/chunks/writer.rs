@@ -127,8 +127,12 @@ impl ChunkWriter {
             let file = pack.id.file();
             let worth =
                 live >= pack.size.div_ceil(2) && self.packs.len() < usize::from(u16::MAX) - 1;
+            let there = base.dir.join(&file);
+            // What is not what the manifest says is nothing to build on: its chunks are compared, and not its size.
+            let sound = fs::symlink_metadata(&there)
+                .is_ok_and(|found| found.is_file() && found.len() == pack.size);
             // A pack that cannot be linked (another file system, too many links) is written anew.
-            let linked = worth && fs::hard_link(base.dir.join(&file), self.dir.join(&file)).is_ok();
+            let linked = worth && sound && fs::hard_link(&there, self.dir.join(&file)).is_ok();
             places.push(linked.then_some(self.packs.len() as u16));
             if linked {
                 self.packs.push(pack.id);

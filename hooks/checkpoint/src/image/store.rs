@@ -154,20 +154,25 @@ impl ImageStore {
         generation: Option<u64>,
     ) -> Result<SealedImage, ImageError> {
         let unknown = || ImageError::Unknown(reference(namespace, name, generation));
+        // One that has lost its manifest is being removed, or was when that was killed.
+        let there = |generation: &u64| {
+            let manifest = self.image_dir(namespace, name, *generation);
+            fs::symlink_metadata(manifest.join(MANIFEST_FILE)).is_ok()
+        };
         let found = match generation {
-            Some(generation) => Some(generation),
-            None => self.generations(namespace, name)?.last().copied(),
+            Some(generation) => Some(generation).filter(there),
+            None => (self.generations(namespace, name)?.into_iter()).rfind(there),
         };
         let found = found.ok_or_else(unknown)?;
         let dir = self.image_dir(namespace, name, found);
-        if !dir.is_dir() {
-            return Err(unknown());
-        }
         let lock = self.lock_path(namespace, name, found);
         let lease = share(&lock)?.ok_or_else(unknown)?;
         if !dir.is_dir() {
             // It was removed while we waited, and its lock with it: this one is ours, and of nothing.
             ignore_absent(fs::remove_file(&lock), "remove", &lock)?;
+            return Err(unknown());
+        }
+        if !there(&found) {
             return Err(unknown());
         }
         let image = || reference(namespace, name, Some(found));
@@ -289,10 +294,9 @@ impl ImageStore {
         let dir = self.image_dir(namespace, name, generation);
         // First: what is left of an image whose removal was killed is found by its folder.
         let touches = self.touches_path(namespace, name, generation);
-        ignore_absent(fs::remove_file(&touches), "remove", &touches)?;
+        remove(&touches)?;
         // Without its manifest it is no image: killed half-way, the rest is cleared as left over.
-        let manifest = dir.join(MANIFEST_FILE);
-        ignore_absent(fs::remove_file(&manifest), "remove", &manifest)?;
+        remove(&dir.join(MANIFEST_FILE))?;
         remove_tree(&dir)?;
         ignore_absent(fs::remove_file(&lock), "remove", &lock)
     }
@@ -518,6 +522,14 @@ fn entries(dir: &Path) -> Result<Vec<String>, ImageError> {
         }
     }
     Ok(all)
+}
+
+/// Removes what should be a file, whatever it is.
+fn remove(path: &Path) -> Result<(), ImageError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() == io::ErrorKind::IsADirectory => Ok(remove_tree(path)?),
+        removed => ignore_absent(removed, "remove", path),
+    }
 }
 
 fn ignore_absent(

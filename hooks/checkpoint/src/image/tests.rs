@@ -19,6 +19,8 @@ use crate::{
     touches::Touch,
 };
 
+mod faults;
+
 pub(crate) fn names() -> (Namespace, ImageName) {
     ("team-a".parse().unwrap(), "warm".parse().unwrap())
 }
@@ -129,41 +131,6 @@ fn an_image_is_made_found_and_verified() {
     assert_eq!(store.list(None).unwrap().len(), 2);
 }
 
-/// The promise: a flipped byte in any file of an image is found before anything is restored.
-#[test]
-fn a_flipped_byte_anywhere_is_found() {
-    let root = tempfile::tempdir().unwrap();
-    let store = ImageStore::open(root.path()).unwrap();
-    drop(make(&store));
-    let (namespace, name) = names();
-    let dir = root.path().join("team-a/warm/1");
-    let mut files = vec![
-        MANIFEST_FILE.into(),
-        MANIFEST_DIGEST_FILE.into(),
-        INDEX_FILE.into(),
-        pack(&dir).file_name().unwrap().into(),
-    ];
-    for entry in fs::read_dir(dir.join(CRIU_DIR)).unwrap() {
-        files.push(Path::new(CRIU_DIR).join(entry.unwrap().file_name()));
-    }
-    assert!(files.len() > 6, "{files:?}");
-    for file in files {
-        let path: PathBuf = dir.join(&file);
-        let length = fs::metadata(&path).unwrap().len();
-        for at in [0, length / 2, length - 1] {
-            for bit in [0x01, 0x20] {
-                flip(&path, at, bit);
-                let refused = store.resolve(&namespace, &name, None);
-                let refused = refused.and_then(|image| verify(&store, image));
-                let sentence = with_causes(&refused.unwrap_err());
-                assert!(sentence.contains("team-a/warm"), "{file:?}: {sentence}");
-                flip(&path, at, bit);
-            }
-        }
-    }
-    verify(&store, store.resolve(&namespace, &name, None).unwrap()).unwrap();
-}
-
 /// The one pack of an image.
 pub(crate) fn pack(image: &Path) -> PathBuf {
     let mut all = fs::read_dir(image)
@@ -187,95 +154,6 @@ pub(crate) fn flip(path: &Path, at: u64, bit: u8) {
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
     file.write_all_at(&[byte[0] ^ bit], at).unwrap();
-}
-
-/// Each damage is made on a fresh image, and answered by a sentence that names the file.
-#[test]
-fn what_is_not_the_image_that_was_sealed_is_refused_by_name() {
-    type Harm = fn(&Path);
-    let table: &[(Harm, &str, &str)] = &[
-        (
-            |dir| fs::remove_file(pack(dir)).unwrap(),
-            "pack-",
-            "is missing",
-        ),
-        (
-            |dir| fs::write(dir.join("extra"), "x").unwrap(),
-            "extra",
-            "not in the manifest",
-        ),
-        (
-            |dir| fs::write(dir.join("criu/extra.img"), "x").unwrap(),
-            "criu/extra.img",
-            "not in the manifest",
-        ),
-        (
-            |dir| fs::create_dir(dir.join("criu/deep")).unwrap(),
-            "criu/deep",
-            "not in the manifest",
-        ),
-        (
-            |dir| {
-                fs::OpenOptions::new()
-                    .write(true)
-                    .open(pack(dir))
-                    .unwrap()
-                    .set_len(9)
-                    .unwrap()
-            },
-            "pack-",
-            "has 9 bytes where",
-        ),
-        (
-            |dir| fs::write(dir.join("criu/pages-1.img"), "x").unwrap(),
-            "criu/pages-1.img",
-            "not in the manifest",
-        ),
-        (
-            |dir| {
-                let pack = pack(dir);
-                fs::remove_file(&pack).unwrap();
-                symlink("/etc/passwd", pack).unwrap();
-            },
-            "pack-",
-            "not a regular file",
-        ),
-        (
-            |dir| {
-                fs::remove_file(dir.join("manifest.blake3")).unwrap();
-                symlink("chunks.index", dir.join("manifest.blake3")).unwrap();
-            },
-            "manifest.blake3",
-            "not a regular file",
-        ),
-        (
-            |dir| {
-                move_folder(&dir.join("criu"), &dir.join("../elsewhere"));
-                symlink("../elsewhere", dir.join("criu")).unwrap();
-            },
-            "criu/",
-            "is missing",
-        ),
-        (
-            |dir| fs::remove_file(dir.join("manifest.blake3")).unwrap(),
-            "manifest.blake3",
-            "is missing",
-        ),
-    ];
-    for (harm, file, words) in table {
-        let root = tempfile::tempdir().unwrap();
-        let store = ImageStore::open(root.path()).unwrap();
-        drop(make(&store));
-        harm(&root.path().join("team-a/warm/1"));
-        let (namespace, name) = names();
-        let image = store.resolve(&namespace, &name, None).unwrap();
-        let refused = verify(&store, image).unwrap_err();
-        let sentence = refused.to_string();
-        assert!(
-            sentence.contains(file) && sentence.contains(words),
-            "{file}: {sentence}"
-        );
-    }
 }
 
 /// Also those that it has begun when the image is in its place already.
@@ -847,6 +725,8 @@ fn what_the_killed_left_is_found_and_removed_and_what_somebody_holds_is_not() {
     // A removal that was killed behind its first step.
     fs::remove_file(root.path().join("team-a/warm/1").join(MANIFEST_FILE)).unwrap();
     let (namespace, name) = names();
+    let resolve = |generation| store.resolve(&namespace, &name, generation);
+    assert!(matches!(resolve(Some(1)), Err(ImageError::Unknown(_))));
     let request = store.begin(&namespace, &name, Source::default()).unwrap();
     let partial = Making::plain().begin(&store, &request);
     let dead = store.partial_dir().join("dead");
@@ -860,6 +740,21 @@ fn what_the_killed_left_is_found_and_removed_and_what_somebody_holds_is_not() {
     assert!(!dead.exists() && partial.criu_dir().is_dir());
     assert_eq!(store.leftovers(true).unwrap(), Leftovers::default());
     assert_eq!(store.list(None).unwrap().len(), 1);
+}
+
+/// The newest one that is whole is meant by its name, and nobody is told of a manifest that cannot be read.
+#[test]
+fn a_removal_that_was_killed_leaves_the_generation_before() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    drop(make(&store));
+    fs::remove_file(root.path().join("team-a/warm/2").join(MANIFEST_FILE)).unwrap();
+    let (namespace, name) = names();
+    let found = store.resolve(&namespace, &name, None).unwrap();
+    assert_eq!(found.generation(), 1);
+    // Its number is taken all the same.
+    assert_eq!(make(&store).generation(), 3);
 }
 
 /// Room is made by itself only of what containers make by themselves.

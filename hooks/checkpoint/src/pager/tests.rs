@@ -191,21 +191,10 @@ fn a_dead_pager_closes_nothing_until_the_tasks_are_dead() {
     }
 }
 
-/// All of them: a new one does not compile until it has its place here, and its case below.
-fn phases() -> impl Iterator<Item = Phase> {
-    let next = |phase: &Phase| match phase {
-        Phase::Waiting => Some(Phase::Restoring),
-        Phase::Restoring => Some(Phase::Loading),
-        Phase::Loading => Some(Phase::Loaded),
-        Phase::Loaded => None,
-    };
-    std::iter::successors(Some(Phase::Waiting), next)
-}
-
 /// The promise: killed whenever it may be, it costs the container, or nothing when all is in; and never zeros.
 #[test]
 fn a_pager_killed_in_any_phase_closes_nothing_that_is_needed() {
-    for phase in phases() {
+    for phase in Phase::all() {
         let mut stage = Stage::new();
         // Of the one phase in which it lives still.
         let mut criu;

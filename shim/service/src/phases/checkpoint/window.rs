@@ -154,21 +154,22 @@ pub(super) async fn dump(
     let copying = blocking(move || {
         let before = precopy.as_mut().map(Precopy::settle).unwrap_or_default();
         let tasks = from.take(&partial, &before)?;
-        // Closed here, on the thread that may wait; dropped by an error above it, it ends the dump too.
+        // Closed here, on the thread that may wait.
         link.close(CLOSING).map_err(|e| sentence(&e))?;
         Ok((partial, tasks, before.bytes(), precopy))
     });
     let copied = match tokio::time::timeout_at(until.into(), copying).await {
         Ok(copied) => copied?,
         // Its thread may be stuck in a disk that does not answer. The tasks do not wait for that.
-        Err(_) => {
-            abort.end();
-            Err(format!(
-                "its memory was not copied within the {} s of deadlines.checkpoint",
-                fixed.shared.node.deadlines.checkpoint.as_secs()
-            ))
-        }
+        Err(_) => Err(format!(
+            "its memory was not copied within the {} s of deadlines.checkpoint",
+            fixed.shared.node.deadlines.checkpoint.as_secs()
+        )),
     };
+    if copied.is_err() {
+        // This is a copy of the link's end: as long as it is open, CRIU waits and the tasks stand still.
+        abort.end();
+    }
     // The dump has to be over, well or not, before anything is said of the tasks.
     let closed = Instant::now();
     let ended = ended.await;
