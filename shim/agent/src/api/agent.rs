@@ -277,6 +277,10 @@ pub struct Image {
     pub replicated: bool,
     // @@protoc_insertion_point(field:rekindle.agent.v1.Image.usable)
     pub usable: bool,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.Image.place)
+    pub place: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.Image.memory_bytes)
+    pub memory_bytes: u64,
     // special fields
     // @@protoc_insertion_point(special_field:rekindle.agent.v1.Image.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -294,7 +298,7 @@ impl Image {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(8);
+        let mut fields = ::std::vec::Vec::with_capacity(10);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "namespace",
@@ -335,6 +339,16 @@ impl Image {
             "usable",
             |m: &Image| { &m.usable },
             |m: &mut Image| { &mut m.usable },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "place",
+            |m: &Image| { &m.place },
+            |m: &mut Image| { &mut m.place },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "memory_bytes",
+            |m: &Image| { &m.memory_bytes },
+            |m: &mut Image| { &mut m.memory_bytes },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Image>(
             "Image",
@@ -378,6 +392,12 @@ impl ::protobuf::Message for Image {
                 64 => {
                     self.usable = is.read_bool()?;
                 },
+                74 => {
+                    self.place = is.read_string()?;
+                },
+                80 => {
+                    self.memory_bytes = is.read_uint64()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -414,6 +434,12 @@ impl ::protobuf::Message for Image {
         if self.usable != false {
             my_size += 1 + 1;
         }
+        if !self.place.is_empty() {
+            my_size += ::protobuf::rt::string_size(9, &self.place);
+        }
+        if self.memory_bytes != 0 {
+            my_size += ::protobuf::rt::uint64_size(10, self.memory_bytes);
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -444,6 +470,12 @@ impl ::protobuf::Message for Image {
         if self.usable != false {
             os.write_bool(8, self.usable)?;
         }
+        if !self.place.is_empty() {
+            os.write_string(9, &self.place)?;
+        }
+        if self.memory_bytes != 0 {
+            os.write_uint64(10, self.memory_bytes)?;
+        }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -469,6 +501,8 @@ impl ::protobuf::Message for Image {
         self.in_use = false;
         self.replicated = false;
         self.usable = false;
+        self.place.clear();
+        self.memory_bytes = 0;
         self.special_fields.clear();
     }
 
@@ -482,6 +516,8 @@ impl ::protobuf::Message for Image {
             in_use: false,
             replicated: false,
             usable: false,
+            place: ::std::string::String::new(),
+            memory_bytes: 0,
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -861,6 +897,12 @@ pub mod event {
         FAILED = 7,
         // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.LOST)
         LOST = 8,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.SETTLED)
+        SETTLED = 9,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.PROMOTED)
+        PROMOTED = 10,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.DEMOTED)
+        DEMOTED = 11,
     }
 
     impl ::protobuf::Enum for Kind {
@@ -881,6 +923,9 @@ pub mod event {
                 6 => ::std::option::Option::Some(Kind::REMOVED),
                 7 => ::std::option::Option::Some(Kind::FAILED),
                 8 => ::std::option::Option::Some(Kind::LOST),
+                9 => ::std::option::Option::Some(Kind::SETTLED),
+                10 => ::std::option::Option::Some(Kind::PROMOTED),
+                11 => ::std::option::Option::Some(Kind::DEMOTED),
                 _ => ::std::option::Option::None
             }
         }
@@ -896,6 +941,9 @@ pub mod event {
                 "REMOVED" => ::std::option::Option::Some(Kind::REMOVED),
                 "FAILED" => ::std::option::Option::Some(Kind::FAILED),
                 "LOST" => ::std::option::Option::Some(Kind::LOST),
+                "SETTLED" => ::std::option::Option::Some(Kind::SETTLED),
+                "PROMOTED" => ::std::option::Option::Some(Kind::PROMOTED),
+                "DEMOTED" => ::std::option::Option::Some(Kind::DEMOTED),
                 _ => ::std::option::Option::None
             }
         }
@@ -910,6 +958,9 @@ pub mod event {
             Kind::REMOVED,
             Kind::FAILED,
             Kind::LOST,
+            Kind::SETTLED,
+            Kind::PROMOTED,
+            Kind::DEMOTED,
         ];
     }
 
@@ -1763,39 +1814,42 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \n\x0bagent.proto\x12\x11rekindle.agent.v1\"-\n\rImagesRequest\x12\x1c\n\
     \tnamespace\x18\x01\x20\x01(\tR\tnamespace\"B\n\x0eImagesResponse\x120\n\
     \x06images\x18\x01\x20\x03(\x0b2\x18.rekindle.agent.v1.ImageR\x06images\
-    \"\xdb\x01\n\x05Image\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespac\
+    \"\x94\x02\n\x05Image\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespac\
     e\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x1e\n\ngeneration\
     \x18\x03\x20\x01(\x04R\ngeneration\x12\x14\n\x05bytes\x18\x04\x20\x01(\
     \x04R\x05bytes\x12\x1b\n\tlast_used\x18\x05\x20\x01(\x04R\x08lastUsed\
     \x12\x15\n\x06in_use\x18\x06\x20\x01(\x08R\x05inUse\x12\x1e\n\nreplicate\
     d\x18\x07\x20\x01(\x08R\nreplicated\x12\x16\n\x06usable\x18\x08\x20\x01(\
-    \x08R\x06usable\"\x0e\n\x0cWatchRequest\"\xbf\x02\n\x05Event\x121\n\x04k\
-    ind\x18\x01\x20\x01(\x0e2\x1d.rekindle.agent.v1.Event.KindR\x04kind\x12\
-    \x12\n\x04time\x18\x02\x20\x01(\x04R\x04time\x12\x12\n\x04step\x18\x03\
-    \x20\x01(\tR\x04step\x12\x14\n\x05image\x18\x04\x20\x01(\tR\x05image\x12\
-    \x12\n\x04done\x18\x05\x20\x01(\x04R\x04done\x12\x14\n\x05total\x18\x06\
-    \x20\x01(\x04R\x05total\x12\x18\n\x07message\x18\x07\x20\x01(\tR\x07mess\
-    age\"\x80\x01\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\0\x12\x08\n\x04STEP\x10\
-    \x01\x12\x0c\n\x08APPEARED\x10\x02\x12\x0f\n\x0bDISAPPEARED\x10\x03\x12\
-    \x0f\n\x0bREPLICATING\x10\x04\x12\x0e\n\nREPLICATED\x10\x05\x12\x0b\n\
-    \x07REMOVED\x10\x06\x12\n\n\x06FAILED\x10\x07\x12\x08\n\x04LOST\x10\x08\
-    \"t\n\x11CheckpointRequest\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcon\
-    tainer\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x12\n\x04exit\
-    \x18\x03\x20\x01(\x08R\x04exit\x12\x19\n\x08keep_tcp\x18\x04\x20\x01(\
-    \x08R\x07keepTcp\">\n\x12CheckpointResponse\x12\x14\n\x05image\x18\x01\
-    \x20\x01(\tR\x05image\x12\x12\n\x04json\x18\x02\x20\x01(\tR\x04json\"@\n\
-    \x0cFetchRequest\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespace\x12\
-    \x12\n\x04name\x18\x02\x20\x01(\tR\x04name\"7\n\rFetchResponse\x12\x14\n\
-    \x05image\x18\x01\x20\x01(\tR\x05image\x12\x10\n\x03hit\x18\x02\x20\x01(\
-    \x08R\x03hit\"\x0e\n\x0cRoundRequest\"'\n\rRoundResponse\x12\x16\n\x06fa\
-    iled\x18\x01\x20\x01(\rR\x06failed2\x8f\x03\n\x05Agent\x12M\n\x06Images\
-    \x12\x20.rekindle.agent.v1.ImagesRequest\x1a!.rekindle.agent.v1.ImagesRe\
-    sponse\x12D\n\x05Watch\x12\x1f.rekindle.agent.v1.WatchRequest\x1a\x18.re\
-    kindle.agent.v1.Event0\x01\x12Y\n\nCheckpoint\x12$.rekindle.agent.v1.Che\
-    ckpointRequest\x1a%.rekindle.agent.v1.CheckpointResponse\x12J\n\x05Fetch\
-    \x12\x1f.rekindle.agent.v1.FetchRequest\x1a\x20.rekindle.agent.v1.FetchR\
-    esponse\x12J\n\x05Round\x12\x1f.rekindle.agent.v1.RoundRequest\x1a\x20.r\
-    ekindle.agent.v1.RoundResponseb\x06proto3\
+    \x08R\x06usable\x12\x14\n\x05place\x18\t\x20\x01(\tR\x05place\x12!\n\x0c\
+    memory_bytes\x18\n\x20\x01(\x04R\x0bmemoryBytes\"\x0e\n\x0cWatchRequest\
+    \"\xe7\x02\n\x05Event\x121\n\x04kind\x18\x01\x20\x01(\x0e2\x1d.rekindle.\
+    agent.v1.Event.KindR\x04kind\x12\x12\n\x04time\x18\x02\x20\x01(\x04R\x04\
+    time\x12\x12\n\x04step\x18\x03\x20\x01(\tR\x04step\x12\x14\n\x05image\
+    \x18\x04\x20\x01(\tR\x05image\x12\x12\n\x04done\x18\x05\x20\x01(\x04R\
+    \x04done\x12\x14\n\x05total\x18\x06\x20\x01(\x04R\x05total\x12\x18\n\x07\
+    message\x18\x07\x20\x01(\tR\x07message\"\xa8\x01\n\x04Kind\x12\x0b\n\x07\
+    UNKNOWN\x10\0\x12\x08\n\x04STEP\x10\x01\x12\x0c\n\x08APPEARED\x10\x02\
+    \x12\x0f\n\x0bDISAPPEARED\x10\x03\x12\x0f\n\x0bREPLICATING\x10\x04\x12\
+    \x0e\n\nREPLICATED\x10\x05\x12\x0b\n\x07REMOVED\x10\x06\x12\n\n\x06FAILE\
+    D\x10\x07\x12\x08\n\x04LOST\x10\x08\x12\x0b\n\x07SETTLED\x10\t\x12\x0c\n\
+    \x08PROMOTED\x10\n\x12\x0b\n\x07DEMOTED\x10\x0b\"t\n\x11CheckpointReques\
+    t\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\x12\x12\n\x04name\
+    \x18\x02\x20\x01(\tR\x04name\x12\x12\n\x04exit\x18\x03\x20\x01(\x08R\x04\
+    exit\x12\x19\n\x08keep_tcp\x18\x04\x20\x01(\x08R\x07keepTcp\">\n\x12Chec\
+    kpointResponse\x12\x14\n\x05image\x18\x01\x20\x01(\tR\x05image\x12\x12\n\
+    \x04json\x18\x02\x20\x01(\tR\x04json\"@\n\x0cFetchRequest\x12\x1c\n\tnam\
+    espace\x18\x01\x20\x01(\tR\tnamespace\x12\x12\n\x04name\x18\x02\x20\x01(\
+    \tR\x04name\"7\n\rFetchResponse\x12\x14\n\x05image\x18\x01\x20\x01(\tR\
+    \x05image\x12\x10\n\x03hit\x18\x02\x20\x01(\x08R\x03hit\"\x0e\n\x0cRound\
+    Request\"'\n\rRoundResponse\x12\x16\n\x06failed\x18\x01\x20\x01(\rR\x06f\
+    ailed2\x8f\x03\n\x05Agent\x12M\n\x06Images\x12\x20.rekindle.agent.v1.Ima\
+    gesRequest\x1a!.rekindle.agent.v1.ImagesResponse\x12D\n\x05Watch\x12\x1f\
+    .rekindle.agent.v1.WatchRequest\x1a\x18.rekindle.agent.v1.Event0\x01\x12\
+    Y\n\nCheckpoint\x12$.rekindle.agent.v1.CheckpointRequest\x1a%.rekindle.a\
+    gent.v1.CheckpointResponse\x12J\n\x05Fetch\x12\x1f.rekindle.agent.v1.Fet\
+    chRequest\x1a\x20.rekindle.agent.v1.FetchResponse\x12J\n\x05Round\x12\
+    \x1f.rekindle.agent.v1.RoundRequest\x1a\x20.rekindle.agent.v1.RoundRespo\
+    nseb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file

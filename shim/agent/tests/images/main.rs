@@ -3,5 +3,6 @@
 
 mod diff;
 mod gc;
+mod memory;
 mod node;
 mod oci;
