@@ -17,6 +17,7 @@ use agent::event::Kind;
 use agent_ttrpc::AgentClient;
 use rekindle_checkpoint::manifest::{ORIGIN_FILE, UPPER_FILE};
 use rekindle_checkpoint::{Facts, ImageStore, chunks::Compression};
+use rekindle_core::config::NodeConfig;
 use rekindle_core::step::AgentStep;
 use rekindle_harness::{cli, s3_server, schema};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -26,7 +27,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
 
 /// Generations of each image; of which one is kept on the node.
@@ -37,6 +38,8 @@ const BYTES: usize = 12 << 20;
 /// Images of `team-a`, which has a tier, and of `team-b`, which has none.
 struct Node {
     folder: TempDir,
+    /// Where images lie in memory, where the node is to have some there.
+    memory: Option<TempDir>,
     server: Child,
 }
 
@@ -67,7 +70,11 @@ impl Node {
         let credentials = folder.path().join("credentials");
         let keys = "[default]\naws_access_key_id=rekindle\naws_secret_access_key=rekindle-secret\n";
         fs::write(&credentials, keys).unwrap();
-        let node = Self { folder, server };
+        let node = Self {
+            folder,
+            memory: None,
+            server,
+        };
         for name in ["node", "other"] {
             let root = node.root(name);
             let endpoint = &ready["endpoint"];
@@ -92,6 +99,57 @@ impl Node {
         node
     }
 
+    /// With memory for three images beside one of `team-c` that lies there only.
+    fn with_memory(idle: &str) -> Self {
+        let mut node = Self::with_images();
+        let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mut text = fs::read_to_string(node.config("node")).unwrap();
+        text += &format!(
+            "[images.memory]\nroot = {:?}\nquota = \"50MiB\"\nidle = {idle:?}\n",
+            memory.path()
+        );
+        fs::write(node.config("node"), text).unwrap();
+        node.memory = Some(memory);
+        // The newest was used last.
+        let now = SystemTime::now();
+        for (place, namespace) in ["team-a", "team-b"].iter().enumerate() {
+            for generation in 1..=MADE {
+                let ago = Duration::from_secs(10 * (MADE - generation) + place as u64 + 1);
+                let lock = format!("{namespace}/warm/.{generation}.lock");
+                let lock = fs::File::options()
+                    .write(true)
+                    .open(node.root("node").join(lock));
+                lock.unwrap().set_modified(now - ago).unwrap();
+            }
+        }
+        node.make("team-c", 200);
+        assert_eq!(node.place("team-c", 1), "memory");
+        node
+    }
+
+    /// What a restart of the node does.
+    fn restart(&self) {
+        let root = self.memory.as_ref().unwrap().path();
+        for entry in fs::read_dir(root).unwrap() {
+            let path = entry.unwrap().path();
+            let _ = fs::remove_dir_all(&path).or_else(|_| fs::remove_file(&path));
+        }
+    }
+
+    /// Where a generation of `NAMESPACE/warm` lies.
+    fn place(&self, namespace: &str, generation: u64) -> String {
+        let rows = self.rows(namespace);
+        let found = rows.iter().find(|row| row["generation"] == generation);
+        found.unwrap()["place"].as_str().unwrap().to_owned()
+    }
+
+    /// Whether its copies are sound, each by itself.
+    fn is_sound(&self, image: &str) -> bool {
+        let args = ["image", "verify", image];
+        let verified = self.rekindle("node", &args).output().unwrap();
+        verified.status.success() && verified.stderr.is_empty()
+    }
+
     fn root(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -110,7 +168,9 @@ impl Node {
     }
 
     fn store(&self) -> ImageStore {
-        ImageStore::open(&self.root("node")).unwrap()
+        let text = fs::read_to_string(self.config("node")).unwrap();
+        let config = NodeConfig::parse("", &text).unwrap();
+        ImageStore::of(&config.images).unwrap()
     }
 
     /// Makes the next generation of `NAMESPACE/warm`, unlike all others.
@@ -124,6 +184,7 @@ impl Node {
         let (namespace, name) = (namespace.parse().unwrap(), "warm".parse().unwrap());
         let request = store.begin(&namespace, &name, Default::default()).unwrap();
         let order = store.partial_at(&request.dir()).unwrap().unwrap();
+        let order = order.expecting(BYTES as u64);
         let private = self.folder.path().join("private");
         let partial = order.begin(None, Compression::None, &private).unwrap();
         let words = |words: [u32; 2]| words.map(u32::to_le_bytes).concat();
@@ -167,11 +228,15 @@ impl Node {
         found
     }
 
-    fn listed(&self, namespace: &str) -> Vec<u64> {
+    fn rows(&self, namespace: &str) -> Vec<Value> {
         let args = ["image", "ls", "--json", "-n", namespace];
         let output = self.rekindle("node", &args).output().unwrap();
         schema::check(&args, &output.stdout);
-        let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn listed(&self, namespace: &str) -> Vec<u64> {
+        let rows = self.rows(namespace);
         let whole = rows.iter().filter(|row| row["refused"].is_null());
         let numbers = whole.map(|row| row["generation"].as_u64().unwrap());
         numbers.collect()
@@ -201,10 +266,12 @@ impl Node {
         paths.find(is_pack).unwrap()
     }
 
-    /// What lies in the folder for images that are being made.
+    /// What lies in the folders for images that are being made.
     fn partial(&self) -> usize {
-        let found = fs::read_dir(self.root("node").join(".partial"));
-        found.into_iter().flatten().count()
+        let memory = self.memory.iter().map(|folder| folder.path().to_owned());
+        let roots = memory.chain([self.root("node")]);
+        let found = roots.flat_map(|root| fs::read_dir(root.join(".partial")));
+        found.flatten().count()
     }
 }
 
@@ -370,39 +437,68 @@ fn begun(node: &Node, step: AgentStep) -> Child {
     panic!("it ended before it came to {step:?}: {said:#?}");
 }
 
-/// What is true when a step begins: images of `team-a` that are in the tier, and generations that are on the node. A step
-/// that is new has to say it, and is killed in then, too.
-fn true_when(step: AgentStep) -> (u64, u64) {
+/// What is true when a step begins.
+#[derive(Debug)]
+struct True {
+    /// Images of `team-a` that are in the tier.
+    in_tier: u64,
+    /// Generations of it that are on the node.
+    on_node: u64,
+    /// The image that was in memory only is on the disk too.
+    settled: bool,
+    /// The newest of `team-a` is in memory too.
+    promoted: bool,
+}
+
+/// A step that is new has to say it, and is killed in then, too.
+fn true_when(step: AgentStep) -> True {
+    let of = |in_tier, on_node, settled, promoted| True {
+        in_tier,
+        on_node,
+        settled,
+        promoted,
+    };
     match step {
-        AgentStep::Sweep | AgentStep::List | AgentStep::Replicate => (0, MADE),
-        AgentStep::Plan | AgentStep::Evict => (MADE, MADE),
-        AgentStep::Rest => (MADE, 1),
+        AgentStep::Sweep | AgentStep::List | AgentStep::Settle => of(0, MADE, false, false),
+        AgentStep::Promote => of(0, MADE, true, false),
+        AgentStep::Replicate => of(0, MADE, true, true),
+        AgentStep::Plan | AgentStep::Evict => of(MADE, MADE, true, true),
+        AgentStep::Rest => of(MADE, 1, true, true),
     }
 }
 
-/// Wherever it is: each image is on the node or in its tier, whole, and the next one does the rest.
+/// Wherever it is: each image is in memory, on the disk or in its tier, whole, and the next one does the rest.
 #[test]
 fn it_is_killed_in_each_of_its_steps() {
     let mut cases = 0;
     for step in AgentStep::ALL {
         // At its beginning, and somewhere in it.
         for after in [0, 15, 60] {
-            let node = Node::with_images();
-            let left = node.root("node").join(".partial/left");
-            fs::create_dir(&left).unwrap();
-            fs::write(left.join("pack-0"), "half of one").unwrap();
+            let node = Node::with_memory("100h");
+            for root in [
+                node.root("node"),
+                node.memory.as_ref().unwrap().path().into(),
+            ] {
+                let left = root.join(".partial/left");
+                fs::create_dir(&left).unwrap();
+                fs::write(left.join("pack-0"), "half of one").unwrap();
+            }
             let mut agent = begun(&node, *step);
             std::thread::park_timeout(Duration::from_millis(after));
             agent.kill().unwrap();
             agent.wait().unwrap();
 
             let what = format!("killed {after} ms after {step:?} began");
-            let (in_tier, on_node) = true_when(*step);
+            let then = true_when(*step);
             let (tags, here) = (node.tags().len() as u64, node.here("team-a"));
-            assert!(tags >= in_tier, "{what}: {tags} are in the tier");
+            assert!(tags >= then.in_tier, "{what}: {tags} are in the tier");
             if after == 0 && *step == AgentStep::Rest {
-                assert_eq!(here.len() as u64, on_node, "{what}");
+                assert_eq!(here.len() as u64, then.on_node, "{what}");
             }
+            assert_eq!(node.here("team-c"), [1], "{what}");
+            let (of_c, of_a) = (node.place("team-c", 1), node.place("team-a", MADE));
+            assert!(!then.settled || of_c == "memory+disk", "{what}: {of_c}");
+            assert!(!then.promoted || of_a == "memory+disk", "{what}: {of_a}");
             assert!(here.contains(&MADE), "{what}: the newest is gone: {here:?}");
             let gone = MADE - here.len() as u64;
             assert!(
@@ -416,11 +512,16 @@ fn it_is_killed_in_each_of_its_steps() {
             assert_eq!(node.here("team-a"), [MADE], "{what}");
             assert_eq!(node.here("team-b"), [MADE], "{what}");
             assert_eq!(node.partial(), 0, "{what}");
+            assert_eq!(node.place("team-c", 1), "memory+disk", "{what}");
+            assert_eq!(node.place("team-a", MADE), "memory+disk", "{what}");
             let verified = node
                 .rekindle("node", &["image", "verify"])
                 .output()
                 .unwrap();
             assert!(verified.status.success(), "{what}: {verified:?}");
+            node.restart();
+            assert_eq!(node.here("team-c"), [1], "{what}: after a restart");
+            assert_eq!(node.place("team-c", 1), "disk", "{what}");
             cases += 1;
         }
     }
@@ -506,6 +607,86 @@ fn a_fetch_is_killed_at_any_time() {
     assert!(done.status.success(), "{done:?}");
     assert_eq!(node.partial(), 0);
     assert_eq!(node.here("team-a"), [2]);
+}
+
+#[test]
+fn what_is_in_memory_only_reaches_the_disk_and_outlives_a_restart() {
+    let node = Node::with_memory("100h");
+    let ended = node.once();
+    assert!(ended.status.success(), "{ended:?}");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(said.matches("copied to the disk").count(), 1, "{said}");
+    // What was used last, as far as the quota goes.
+    assert_eq!(said.matches("copied into memory").count(), 3, "{said}");
+    assert_eq!(node.place("team-c", 1), "memory+disk");
+    for image in ["team-a/warm", "team-b/warm", "team-c/warm"] {
+        assert!(node.is_sound(image), "{image}");
+    }
+    let again = node.once();
+    assert!(again.stderr.is_empty(), "{again:?}");
+    node.restart();
+    assert_eq!(node.here("team-c"), [1]);
+    assert_eq!(node.place("team-c", 1), "disk");
+}
+
+#[test]
+fn what_is_idle_leaves_memory_when_it_is_on_the_disk() {
+    let node = Node::with_memory("1s");
+    std::thread::park_timeout(Duration::from_millis(2100));
+    let ended = node.once();
+    assert!(ended.status.success(), "{ended:?}");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(said.matches("removed from memory").count(), 1, "{said}");
+    assert_eq!(node.place("team-c", 1), "disk");
+    assert_eq!(node.here("team-c"), [1]);
+}
+
+/// No file of the agent's may be larger than a MiB: so its disk is full.
+#[test]
+fn what_the_disk_does_not_take_stays_in_memory() {
+    let node = Node::with_memory("1s");
+    std::thread::park_timeout(Duration::from_millis(2100));
+    let ended = Command::new("sh")
+        .args(["-c", "trap '' XFSZ; ulimit -f 1024; exec \"$@\"", "sh"])
+        .arg(cli().unwrap())
+        .arg("--config")
+        .arg(node.config("node"))
+        .args(["agent", "--once"])
+        .env_remove("REKINDLE_LOG")
+        .output()
+        .unwrap();
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(said.contains("in memory only"), "{said}");
+    assert!(!said.contains("removed from memory"), "{said}");
+    assert_eq!(node.place("team-c", 1), "memory");
+    assert_eq!(node.here("team-c"), [1]);
+    assert_eq!(node.partial(), 0);
+    assert!(node.once().status.success());
+    assert_eq!(node.place("team-c", 1), "disk");
+}
+
+#[test]
+fn a_damaged_copy_in_memory_is_told_and_does_not_settle() {
+    let node = Node::with_memory("100h");
+    let folder = node.memory.as_ref().unwrap().path().join("team-c/warm/1");
+    let packs = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let mut packs = packs.filter(|path| path.to_str().unwrap().contains("/pack-"));
+    let pack = packs.next().unwrap();
+    let mut bytes = fs::read(&pack).unwrap();
+    bytes[BYTES / 2] ^= 1;
+    fs::write(&pack, bytes).unwrap();
+    let ended = node.once();
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        said.contains("does not have the checksum") || said.contains("is damaged"),
+        "{said}"
+    );
+    assert_eq!(node.place("team-c", 1), "memory");
+    assert_eq!(node.partial(), 0);
 }
 
 /// For a call that takes at most a minute.

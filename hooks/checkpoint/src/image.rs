@@ -9,9 +9,11 @@
 //!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it; changed when a
 //!                                           container started from it
 //!    <namespace>/<name>/.<generation>.touches  what a restore of it asked for first: a hint, and no part of it
-//!    <namespace>/<name>/.last               the highest generation there ever was
+//!    <namespace>/<name>/.last               the highest generation there ever was; written before an image has it
 //!    <namespace>/<name>/.warm.json          what became of those that containers made for others of their kind
 //! ```
+//! Where the node has memory for images, [a second root](Place) has `.partial` and generations too, and nothing else.
+//!
 //! [`Request`] (who asked) and [`Order`] (who makes a [`Partial`] of it) are two processes' ends of one partial
 //! folder; [`SealedImage`] has a manifest and nothing else can be had from it; [`VerifiedImage`] gives files.
 
@@ -31,20 +33,26 @@ use crate::{
 };
 
 mod arriving;
+mod copies;
 mod folder;
 mod incoming;
 mod inventory;
 mod laid_out;
 mod partial;
+mod places;
+mod removal;
+mod room;
 mod store;
 mod touched;
 mod verify;
 
 pub(crate) use arriving::Arriving;
+pub use copies::{Copied, Proof};
 pub use folder::Scratch;
 pub use incoming::{Origin, Source};
-pub use inventory::{Evicted, Leftovers};
+pub use inventory::{Evicted, Leftovers, bytes_below};
 pub use partial::{Order, Partial, Request, Steps};
+pub use places::{Place, Places, require_memory};
 pub(crate) use store::open_regular;
 pub use store::{ImageStore, Listed, SealedImage};
 pub use verify::{StagedImage, VerifiedImage};
@@ -174,6 +182,9 @@ pub enum ImageError {
         /// What is wrong with it.
         damage: Damage,
     },
+    /// A folder for images in memory is not there.
+    #[error("{} is not in memory: images.memory.root has to be below a tmpfs", .0.display())]
+    NotInMemory(PathBuf),
     /// The partial folder's request cannot be understood.
     #[error("{} is no request for an image: {reason}", path.display())]
     Request {

@@ -269,17 +269,21 @@ impl Pager {
         let log = work_dir.join(LOG_FILE);
         let stderr = File::create(&log).map_err(setup("open", &log))?;
         let (ours, theirs) = UnixStream::pair().map_err(relay_failed("no connection for it"))?;
+        let mut args: Vec<OsString> = vec![
+            "pager".into(),
+            "--criu".into(),
+            image.criu_dir().into(),
+            "--store".into(),
+            image.store().root().into(),
+        ];
+        if let Some(memory) = image.store().memory() {
+            args.extend(["--memory".into(), memory.root.clone().into()]);
+        }
+        args.push(image.reference().into());
         let launch = Launch {
             argv: Argv {
                 program: program.to_owned(),
-                args: vec![
-                    "pager".into(),
-                    "--criu".into(),
-                    image.criu_dir().into(),
-                    "--store".into(),
-                    image.store().root().into(),
-                    image.reference().into(),
-                ],
+                args,
             },
             stdin: theirs.into(),
             stderr,

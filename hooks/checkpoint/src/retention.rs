@@ -6,7 +6,9 @@
 //!  quota      the least recently used, until the namespace's images fit, and then all images; where no quota was
 //!             set but what the disk can spare, of each name the newest generation stays
 //! ```
-//! What a container leases is never removed, and what was asked for by no rule is not either.
+//! What a container leases is never removed, and what was asked for by no rule is not either. An image that is removed goes
+//! from memory too; one that lies there only takes none of the disk, and no quota of the disk removes it. What lies in
+//! memory beside the disk is a matter of its own: [`demotions`], [`promotions`].
 //!
 //! **Bytes are those on the disk, and counted once.** Generations share packs by hard links, so the sum of what their
 //! manifests list says nothing about the disk, and removing one frees only what no other has. Files are therefore
@@ -24,6 +26,12 @@ use rekindle_core::{
     name::{ImageName, Namespace},
 };
 use serde::Serialize;
+
+use crate::image::Places;
+
+mod memory;
+
+pub use memory::{Promotion, demotions, promotions};
 
 /// Of a file system, in percent: what images leave free where no quota was set.
 ///
@@ -67,14 +75,29 @@ pub struct Held {
     pub usable: bool,
     /// Containers make it anew where they do not find it (`warm-start: auto`): it is the newest of no name either.
     pub remade: bool,
-    /// Its files.
+    /// Its files on the disk; none where it does not lie there.
     pub files: Vec<HeldFile>,
+    /// Its files in memory; none where it does not lie there.
+    pub memory: Vec<HeldFile>,
 }
 
 impl Held {
+    /// Where it lies.
+    pub fn places(&self) -> Places {
+        Places {
+            memory: !self.memory.is_empty(),
+            disk: !self.files.is_empty(),
+        }
+    }
+
     /// Bytes that it takes on the disk, what it shares with others included.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
+    }
+
+    /// Bytes that it takes in memory, what it shares with others included.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory.iter().map(|file| file.bytes).sum()
     }
 
     /// Bytes that come free when it alone is removed.
@@ -167,7 +190,8 @@ pub fn plan(images: &[Held], policy: &Retention, disk: Option<Disk>, now: u64) -
             ledger.remove(image, Reason::Idle { seconds });
         }
     }
-    let order = least_recently_used(images);
+    let mut order = by_use(images);
+    order.retain(|image| !images[*image].files.is_empty());
     if let Some(quota) = policy.namespace_quota {
         for image in &order {
             if ledger.used_by(&images[*image].namespace) > quota {
@@ -225,7 +249,7 @@ fn superseded(images: &[Held], keep: u32) -> Vec<usize> {
 /// What was not used for so long, the longest first.
 fn idlers(images: &[Held], idle: Duration, newest_too: bool, now: u64) -> Vec<usize> {
     let newest = newest(images, |image| !image.remade);
-    let mut order = least_recently_used(images);
+    let mut order = by_use(images);
     order.retain(|image| {
         now.saturating_sub(images[*image].last_used) >= idle.as_secs()
             && (newest_too || !newest[*image])
@@ -259,8 +283,8 @@ fn by_name(images: &[Held]) -> BTreeMap<(&Namespace, &ImageName), Vec<usize>> {
     names
 }
 
-/// All images; of two that were used in the same second the older generation first.
-fn least_recently_used(images: &[Held]) -> Vec<usize> {
+/// All images, the least recently used first; of two that were used in the same second the older generation.
+fn by_use(images: &[Held]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..images.len()).collect();
     order.sort_by_key(|image| {
         let image = &images[*image];

@@ -1,9 +1,9 @@
 //! The agent of a node: what it does with the images in a round.
 //!
 //! ```text
-//!  sweep ─▶ list ─▶ replicate ─▶ plan ─▶ evict ─▶ rest ─┐
-//!    ▲                                                   │
-//!    └───────────────────────────────────────────────────┘
+//!  sweep ─▶ list ─▶ settle ─▶ promote ─▶ replicate ─▶ plan ─▶ evict ─▶ rest ─┐
+//!    ▲                                                                        │
+//!    └────────────────────────────────────────────────────────────────────────┘
 //! ```
 //! What it knows it reads anew in each round, from manifests, locks, and tags; what it remembers between rounds saves
 //! questions, and nothing depends on it. So it can be killed at any time: an image in a tier is there when its tag is, one
@@ -20,7 +20,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use rekindle_checkpoint::{
     ImageError, ImageStore, SealedImage,
-    image::Evicted,
+    image::{Evicted, Place},
     layout::Layout,
     retention::{Held, Reason, Removal, plan},
 };
@@ -36,6 +36,8 @@ use crate::{
     commands::image::opened::Room,
     keys, tier,
 };
+
+mod memory;
 
 /// Between two words about how far something is.
 const TICK: Duration = Duration::from_millis(250);
@@ -72,7 +74,7 @@ enum Replica {
 impl Agent {
     pub(crate) fn new(config: &NodeConfig) -> anyhow::Result<Self> {
         Ok(Self {
-            store: ImageStore::open(&config.images.root)?,
+            store: ImageStore::of(&config.images)?,
             told: Told::new(),
             damaged: HashSet::new(),
             there: None,
@@ -101,7 +103,8 @@ impl Agent {
     pub(crate) fn round(&mut self, config: &NodeConfig) -> usize {
         let mut failed = 0;
         let mut images = Vec::new();
-        let mut removals = Vec::new();
+        let mut missing = Vec::new();
+        let (mut removals, mut demotions) = (Vec::new(), Vec::new());
         let mut tiers = Tiers {
             config,
             open: BTreeMap::new(),
@@ -114,16 +117,31 @@ impl Agent {
             let done = match step {
                 AgentStep::Sweep => self.sweep(),
                 AgentStep::List => self.list().map(|found| images = found),
+                AgentStep::Settle => {
+                    failed += self.settle(&mut images, config);
+                    Ok(())
+                }
+                AgentStep::Promote => {
+                    failed += self.promote(&mut images, config);
+                    Ok(())
+                }
                 AgentStep::Replicate => {
-                    failed += self.replicate(&mut images, &mut tiers);
+                    missing = self.replicate(&images, &mut tiers);
+                    failed += missing.len();
                     Ok(())
                 }
                 AgentStep::Plan => {
+                    demotions = self.leaving(&images, config);
+                    // Somebody needs them: their tier.
+                    for image in &missing {
+                        images[*image].in_use = true;
+                    }
                     let found = self.plan(&images, config.images.retention);
                     found.map(|found| removals = found)
                 }
                 AgentStep::Evict => {
                     failed += self.evict(&images, &removals, &mut tiers);
+                    failed += self.demote(&images, &demotions, &mut tiers);
                     Ok(())
                 }
                 AgentStep::Rest => Ok(()),
@@ -184,10 +202,10 @@ impl Agent {
         Ok(images)
     }
 
-    /// Puts images into their tiers, and marks as not to be removed those that are not there; says how many.
-    fn replicate(&mut self, images: &mut [Held], tiers: &mut Tiers<'_>) -> usize {
-        let mut missing = 0;
-        for held in images {
+    /// Puts images into their tiers; which are not there.
+    fn replicate(&mut self, images: &[Held], tiers: &mut Tiers<'_>) -> Vec<usize> {
+        let mut missing = Vec::new();
+        for (place, held) in images.iter().enumerate() {
             if let Err(error) = self.complete(held, tiers.config) {
                 tracing::warn!(image = reference(held), "the rest does not come: {error:#}");
                 self.failed(
@@ -200,9 +218,7 @@ impl Agent {
                 self.failed(&reference(held), format!("not replicated: {error:#}"));
                 Replica::Failed
             });
-            // Somebody needs it: its tier.
-            held.in_use |= replica == Replica::Failed;
-            missing += usize::from(replica == Replica::Failed);
+            missing.extend((replica == Replica::Failed).then_some(place));
         }
         missing
     }
@@ -250,6 +266,8 @@ impl Agent {
             Err(ImageError::Unknown(_)) => return Ok(Replica::Failed),
             sealed => sealed?,
         };
+        // What stays is what is carried off.
+        let sealed = sealed.on_disk().unwrap_or(sealed);
         let pushed = self.push(layout, &sealed, config);
         match pushed {
             Ok(done) => {
@@ -338,7 +356,11 @@ impl Agent {
         let again = self
             .store
             .resolve(namespace, name, Some(sealed.generation()))?;
-        let verified = again.verify(&room.path, key.as_ref())?;
+        let again = match sealed.place() {
+            Place::Disk => again.on_disk().unwrap_or(again),
+            Place::Memory => again,
+        };
+        let verified = again.alone().verify(&room.path, key.as_ref())?;
         verified.verify_chunks(&AtomicU64::new(0))?;
         Ok(())
     }

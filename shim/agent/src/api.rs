@@ -198,6 +198,8 @@ impl agent_ttrpc::Agent for Service {
                 .told
                 .replicated(|all| all.contains(&crate::agent::reference(held))),
             usable: held.usable,
+            place: held.places().to_string(),
+            memory_bytes: held.memory_bytes(),
             ..Image::default()
         });
         Ok(ImagesResponse {

@@ -86,6 +86,7 @@ fn every_key_of_the_configuration_is_documented_and_no_other() {
         ("`[datasets]`", "[datasets]"),
         ("`[[datasets.source]]`", "[[datasets.source]]"),
         ("`[images]`", "[images]"),
+        ("`[images.memory]`", "[images.memory]"),
         ("`[images.retention]`", "[images.retention]"),
         ("`[[images.key]]`", "[[images.key]]"),
         ("`[[images.tier]]`", "[[images.tier]]"),
@@ -110,7 +111,7 @@ fn every_key_of_the_configuration_is_documented_and_no_other() {
             .collect();
         // Tables have a section of their own.
         allowed.retain(|key| {
-            !["source", "export", "key", "retention", "tier"].contains(&key.as_str())
+            !["source", "export", "key", "memory", "retention", "tier"].contains(&key.as_str())
         });
         let mut keys = documented(&text, heading);
         keys.sort();

@@ -14,11 +14,13 @@ use crate::{
 
 mod access;
 mod kubernetes;
+mod memory;
 mod retention;
 mod tier;
 
 pub use access::S3Access;
 pub use kubernetes::Kubernetes;
+pub use memory::Memory;
 pub use retention::Retention;
 pub use tier::Tier;
 
@@ -186,6 +188,8 @@ pub struct Datasets {
 pub struct Images {
     /// Where they lie.
     pub root: PathBuf,
+    /// Where some lie in memory; none where none do.
+    pub memory: Option<Memory>,
     /// What leaves its namespace.
     pub exports: Vec<Export>,
     /// How new images are compressed.
@@ -329,6 +333,7 @@ struct RawImages {
     compression: Compression,
     precopy: Option<bool>,
     key: Vec<ImageKey>,
+    memory: memory::RawMemory,
     retention: retention::RawRetention,
     tier: Vec<Tier>,
 }
@@ -415,6 +420,7 @@ impl NodeConfig {
             ("datasets.root", &raw.datasets.root),
             ("images.root", &raw.images.root),
             ("kubernetes.kubeconfig", &raw.kubernetes.kubeconfig),
+            ("images.memory.root", &raw.images.memory.root),
         ] {
             if let Some(path) = root.as_ref().filter(|path| !path.is_absolute()) {
                 return Err(refuse(
@@ -543,6 +549,7 @@ impl Raw {
             },
             images: Images {
                 root: self.images.root.unwrap_or_else(|| paths::IMAGES_DIR.into()),
+                memory: self.images.memory.resolve(),
                 exports: self.images.export,
                 compression: self.images.compression,
                 precopy: self.images.precopy.unwrap_or(true),

@@ -10,6 +10,8 @@ pub const AGENT_SOCKET: &str = "/run/rekindle/agent.sock";
 pub const DATASETS_DIR: &str = "/var/lib/rekindle/datasets";
 /// Checkpoint images on the node's disk; see `rekindle-checkpoint` for what lies inside.
 pub const IMAGES_DIR: &str = "/var/lib/rekindle/images";
+/// Checkpoint images in memory, where the node has room for some.
+pub const MEMORY_DIR: &str = "/run/rekindle/images";
 /// The CLI, started by the shim for whatever needs a network, and as the pager.
 ///
 /// The shim looks beside its own binary first, then here.

@@ -57,6 +57,10 @@ steps! {
         Sweep = "sweep"
         /// The images of the node are listed, by their manifests.
         List = "list"
+        /// Those that are in memory only are copied to the disk.
+        Settle = "settle"
+        /// Those that containers start from are copied into memory.
+        Promote = "promote"
         /// Those that are not in their namespace's tier are put there.
         Replicate = "replicate"
         /// It is found out which may go.

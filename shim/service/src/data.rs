@@ -124,9 +124,9 @@ impl Data {
         if !in_a_tier(ahead, node) {
             return None;
         }
-        let (root, of) = (node.images.root.clone(), ahead.clone());
+        let (images, of) = (node.images.clone(), ahead.clone());
         let here = blocking(move || {
-            let store = ImageStore::open(&root)?;
+            let store = ImageStore::of(&images)?;
             store.resolve(&of.namespace, &of.name, None).map(drop)
         });
         if !matches!(here.await, Ok(Err(ImageError::Unknown(_)))) {

@@ -69,6 +69,24 @@ impl Usage {
     }
 }
 
+/// Bytes of memory that the container of `pid` has in no file of a disk, its tmpfs included, and what of it is swapped out.
+/// `None` where that cannot be told. Blocks.
+pub(crate) fn memory_of(pid: i32) -> Option<u64> {
+    match Cgroup::of(pid).ok()? {
+        Cgroup::V1(all) => {
+            let stat = all.get("memory")?.table("memory.stat")?;
+            // Those of the cgroups below it too.
+            let keys = ["total_rss", "total_shmem", "total_swap"];
+            Some(keys.map(|key| stat.get(key)).iter().sum())
+        }
+        Cgroup::V2(folder) => {
+            let stat = folder.table("memory.stat")?;
+            let swapped = folder.number("memory.swap.current", 0).unwrap_or(0);
+            Some(stat.get("anon") + stat.get("shmem") + swapped)
+        }
+    }
+}
+
 /// `None` when the cgroup is gone.
 fn collect(cgroup: &Cgroup) -> Option<Any> {
     if !cgroup.exists() {

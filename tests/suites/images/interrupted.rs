@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rekindle_core::step::CheckpointStep as Step;
 use rekindle_harness::container::State;
-use rekindle_harness::{Count, poll};
+use rekindle_harness::{Container, Count, poll};
 use std::time::{Duration, Instant};
 
 /// The folders of images that are being made, or were.
@@ -44,15 +44,18 @@ pub(crate) fn more_for(step: Step) -> &'static [&'static str] {
 pub(crate) async fn the_shim_is_killed_in_each_step_of_a_checkpoint(stage: &Stage) -> Result<()> {
     for step in Step::ALL {
         let id = format!("dies-at-{}", step.name());
-        let killed = killed_at(stage, &id, *step).await;
+        let task = stage.container(&id).args(&["awk", CHANGING]).run().await?;
+        counts_to(task.io().out()?, 1).await?;
+        let killed = killed_at(stage, task, *step).await;
         killed.with_context(|| format!("killed at {step:?}"))?;
     }
     Ok(())
 }
 
-async fn killed_at(stage: &Stage, id: &str, step: Step) -> Result<()> {
-    let task = stage.container(id).args(&["awk", CHANGING]).run().await?;
-    counts_to(task.io().out()?, 1).await?;
+/// Kills the shim of a container when its checkpoint comes to a step: it ends, and its image is whole or none.
+pub(crate) async fn killed_at(stage: &Stage, task: Container<'_>, step: Step) -> Result<()> {
+    let id = task.id().to_owned();
+    let id = id.as_str();
     let (shim, _) = stage.node.shim_of(id)?;
     let args = [&["checkpoint", id, "--name", id], more_for(step)].concat();
     let strike = async {

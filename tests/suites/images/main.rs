@@ -1,7 +1,7 @@
 //! What named images promise: `rekindle checkpoint ID --name NAME`, then `rekindle.dev/restore-from: NAME`.
 //!
-//! Three nodes serve all tests of this program. One restores lazily, one eagerly, and on the third one there is one test
-//! at a time. A container, a pod and an image are called as their test is.
+//! Four nodes serve all tests of this program. One restores lazily, one eagerly, on the third one there is one test at a
+//! time, and so on the fourth, which has images in memory. A container, a pod and an image are called as their test is.
 
 mod ahead;
 mod api;
@@ -14,6 +14,7 @@ mod imaging;
 mod incoming;
 mod interrupted;
 mod like;
+mod memory;
 mod pods;
 mod refused;
 mod sealed;
@@ -40,12 +41,13 @@ macro_rules! tests {
 }
 
 macro_rules! images {
-    (both { $($both:tt)* } once { $($once:tt)* } alone { $($alone:tt)* }) => {
+    (both { $($both:tt)* } once { $($once:tt)* } alone { $($alone:tt)* } fast { $($fast:tt)* }) => {
         tests! {
             eager Eager { $($both)* }
             lazy Lazy { $($both)* }
             once Eager { $($once)* }
             alone Alone { $($alone)* }
+            fast Memory { $($fast)* }
         }
     };
 }
@@ -216,6 +218,16 @@ images! {
         ahead {
             the_next_restore_brings_in_first_what_this_one_was_asked_for
             a_note_that_lies_or_is_none_changes_nothing
+        }
+    }
+    fast {
+        memory {
+            it_is_made_in_memory_settles_and_outlives_a_restart
+            one_that_never_settled_is_gone_and_its_number_too
+            what_does_not_fit_is_made_on_the_disk
+            a_full_tmpfs_fails_the_checkpoint_and_nothing_else
+            the_shim_is_killed_in_each_step
+            damage_in_memory_is_made_up_for_by_the_disk
         }
     }
 }

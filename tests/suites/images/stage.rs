@@ -19,6 +19,8 @@ pub(crate) enum Nodes {
     Lazy,
     /// One test at a time, for those that look for a program by its command line; it restores lazily.
     Alone,
+    /// One at a time too, with room in memory for images of less than 128 MiB.
+    Memory,
 }
 
 pub(crate) struct Stage {
@@ -35,6 +37,8 @@ pub(crate) const RESTORE_FROM: &str = "rekindle.dev/restore-from";
 pub(crate) const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 /// What has the images of namespace `afar`.
 pub(crate) const BUCKET: &str = "images";
+/// Where images lie in memory, on the node that has some there.
+pub(crate) const MEMORY: &str = "/run/rekindle/images";
 /// Nobody listens there.
 const NOWHERE: &str = "[[images.tier]]\nurl = \"s3://images/nowhere/\"\nnamespaces = [\"nowhere\"]\nendpoint = \"http://127.0.0.1:1\"\nanonymous = true\n";
 /// A kubelet's, as kubeadm puts it there.
@@ -46,10 +50,12 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
     static EAGER: OnceCell<Result<Stage, String>> = OnceCell::const_new();
     static LAZY: OnceCell<Result<Stage, String>> = OnceCell::const_new();
     static ALONE: OnceCell<Result<Stage, String>> = OnceCell::const_new();
+    static FAST: OnceCell<Result<Stage, String>> = OnceCell::const_new();
     let (cell, word, compression) = match nodes {
         Nodes::Eager => (&EAGER, "eager", "none"),
         Nodes::Lazy => (&LAZY, "lazy", "lz4"),
         Nodes::Alone => (&ALONE, "lazy", "none"),
+        Nodes::Memory => (&FAST, "lazy", "none"),
     };
     let make = async || -> Result<Stage> {
         let busybox = images::busybox()?;
@@ -58,17 +64,27 @@ pub(crate) async fn stage(nodes: Nodes) -> Result<&'static Stage> {
         if matches!(nodes, Nodes::Alone) {
             tiers += &tier(BUCKET, "default");
         }
+        if matches!(nodes, Nodes::Memory) {
+            // No agent's round is to ask a store that does not answer.
+            tiers = "[images.memory]\nquota = \"128MiB\"\nidle = \"100h\"\n".to_owned();
+        }
         config.rekindle_toml = Some(format!(
             "[restore]\npaging = \"{word}\"\n\n[images]\ncompression = \"{compression}\"\n\n[images.retention]\nquota = \"100TiB\"\n\n[warm-start]\nearly = \"20s\"\nfailures = 2\nmin-free = 0\n\n[[images.export]]\nnamespace = \"platform\"\nname = \"shared\"\nto = [\"default\"]\n\n[[images.key]]\nid = \"sealed-1\"\nnamespaces = [\"sealed\"]\ncommand = [\"/bin/echo\", \"{KEY}\"]\n\n{tiers}"
         ));
-        if matches!(nodes, Nodes::Alone) {
+        let alone = matches!(nodes, Nodes::Alone | Nodes::Memory);
+        if alone {
             // Its log tells which step of an operation begins.
             config.log_level = "debug";
         }
         let node = Node::start(config).await?;
+        if matches!(nodes, Nodes::Memory) {
+            // Small, so that a test can fill it.
+            let line = format!("mkdir -p {MEMORY} && mount -t tmpfs -o size=160m tmpfs {MEMORY}");
+            node.run(["sh", "-c", &line]).await?;
+        }
         node.import(&images::pause()?).await?;
         node.import(&busybox).await?;
-        let alone = matches!(nodes, Nodes::Alone).then(Mutex::default);
+        let alone = alone.then(Mutex::default);
         let _s3 = S3Server::empty(&node, BUCKET).await?;
         let address = "127.0.0.1:6443".parse()?;
         let apiserver = Apiserver::stand_in(vec![node.silent_server(address).await?])?;

@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -34,12 +34,16 @@ pub struct Chunks {
     addresses: Addresses,
     pub(super) rows: Vec<Chunk>,
     pub(super) streams: BTreeMap<String, Parts>,
+    /// Whether a chunk had to be read from where its pack is a second time.
+    missed: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Pack {
     path: PathBuf,
     file: File,
+    /// The same bytes in another place.
+    spare: Option<(PathBuf, File)>,
     cipher: Option<Cipher>,
 }
 
@@ -65,7 +69,12 @@ impl Chunks {
             let path = dir.join(entry.id.file());
             let file = open_regular(&path).map_err(ChunkError::io("read", &path))?;
             let cipher = key.and_then(|key| Cipher::of(key, entry.id));
-            Ok(Pack { path, file, cipher })
+            Ok(Pack {
+                path,
+                file,
+                spare: None,
+                cipher,
+            })
         };
         let Index { chunks, streams } = index;
         let streams = streams.into_iter().map(|Stream { name, parts }| {
@@ -82,7 +91,23 @@ impl Chunks {
             incoming: None,
             addresses: Addresses::of(key),
             rows: chunks,
+            missed: AtomicBool::new(false),
         })
+    }
+
+    /// Has a chunk that cannot be read, or is damaged, read from the same pack in another folder, where that has it.
+    #[must_use]
+    pub(crate) fn or_from(mut self, dir: &Path) -> Self {
+        for pack in &mut self.packs {
+            let path = pack.path.file_name().map(|name| dir.join(name));
+            pack.spare = path.and_then(|path| Some((path.clone(), open_regular(&path).ok()?)));
+        }
+        self
+    }
+
+    /// Whether that has happened.
+    pub fn has_missed(&self) -> bool {
+        self.missed.load(Ordering::Relaxed)
     }
 
     /// Has what is not here of them come from `remote`, when it is read, and with so many requests at once when it is
@@ -267,24 +292,45 @@ impl Chunks {
 
     /// Reads a whole chunk that is on this node.
     fn read_here(&self, row: u32, into: &mut [u8]) -> Result<(), ChunkError> {
+        let pack = &self.packs[usize::from(self.rows[row as usize].pack)];
+        let read = self.read_from(row, (&pack.path, &pack.file), into);
+        let (Err(error), Some((path, file))) = (&read, &pack.spare) else {
+            return read;
+        };
+        if !self.missed.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                instead = %path.display(),
+                "{error}, and what is there takes its place"
+            );
+        }
+        self.read_from(row, (path, file), into)
+    }
+
+    /// Reads a whole chunk from its pack, or a copy of that.
+    fn read_from(
+        &self,
+        row: u32,
+        (path, file): (&Path, &File),
+        into: &mut [u8],
+    ) -> Result<(), ChunkError> {
         let chunk = &self.rows[row as usize];
-        let pack = &self.packs[usize::from(chunk.pack)];
+        let cipher = &self.packs[usize::from(chunk.pack)].cipher;
         let damaged = || ChunkError::Damaged {
-            path: pack.path.clone(),
+            path: path.to_owned(),
             offset: chunk.offset,
         };
-        let read = |into: &mut [u8]| match pack.file.read_exact_at(into, chunk.offset) {
+        let read = |into: &mut [u8]| match file.read_exact_at(into, chunk.offset) {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(damaged()),
-            read => read.map_err(ChunkError::io("read", &pack.path)),
+            read => read.map_err(ChunkError::io("read", path)),
         };
-        if pack.cipher.is_none() && chunk.encoding == Encoding::Plain {
+        if cipher.is_none() && chunk.encoding == Encoding::Plain {
             read(into)?;
         } else {
             // A chunk that is encrypted is a tag longer.
             let mut stored = [0; CHUNK + super::cipher::TAG];
             let stored = &mut stored[..chunk.stored as usize];
             read(stored)?;
-            let opened = match &pack.cipher {
+            let opened = match cipher {
                 Some(cipher) => cipher.open(chunk.offset, stored).ok_or_else(damaged)?,
                 None => stored,
             };

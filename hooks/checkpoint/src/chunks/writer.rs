@@ -61,6 +61,8 @@ pub struct ChunkWriter {
     compression: Compression,
     /// What the base has, in our numbering of packs.
     base: HashMap<Digest, Chunk>,
+    /// Most bytes of the own pack.
+    most: u64,
     state: Mutex<State>,
 }
 
@@ -108,6 +110,7 @@ impl ChunkWriter {
             addresses: Addresses::of(key),
             compression,
             base: HashMap::new(),
+            most: u64::MAX,
             state: Mutex::default(),
         };
         if let Some(base) = base {
@@ -115,6 +118,12 @@ impl ChunkWriter {
         }
         writer.packs.push(id);
         Ok(writer)
+    }
+
+    /// Stores at most so many bytes: what comes then fails as on a disk that is full.
+    #[must_use]
+    pub fn up_to(self, most: u64) -> Self {
+        Self { most, ..self }
     }
 
     /// Links the packs of `base` of which it needs at least half, and remembers what is in them. The others
@@ -175,6 +184,10 @@ impl ChunkWriter {
                 return Ok(Part::Chunk(row));
             }
             let offset = state.end;
+            if offset.saturating_add(stored as u64) > self.most {
+                let full = io::ErrorKind::StorageFull.into();
+                return Err(ChunkError::io("write", &self.path)(full));
+            }
             state.end += stored as u64;
             let chunk = Chunk {
                 digest,

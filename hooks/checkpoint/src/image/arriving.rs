@@ -9,7 +9,7 @@ use rekindle_core::name::{ImageName, Namespace};
 use rekindle_store::{Lock, publish_dir, write_file};
 
 use super::{
-    ImageError, ImageStore, SealedImage,
+    ImageError, ImageStore, Place, SealedImage,
     folder::{Folder, lock_path, new_dir, new_id, share},
     reference,
 };
@@ -31,7 +31,7 @@ pub(crate) struct Arriving {
 pub(crate) type Verification<'a> = (Option<&'a Key>, &'a Path, &'a AtomicU64);
 
 impl ImageStore {
-    /// A folder for the files of an image that will be `namespace/name`.
+    /// A folder on the disk for the files of an image that will be `namespace/name`.
     pub(crate) fn arriving(
         &self,
         namespace: &Namespace,
@@ -70,8 +70,10 @@ impl ImageStore {
         namespace: &Namespace,
         name: &ImageName,
     ) -> Result<Vec<PathBuf>, ImageError> {
-        let generations = self.generations(namespace, name)?.into_iter().rev();
+        let generations = self.generations_in(Place::Disk, namespace, name)?;
         Ok(generations
+            .into_iter()
+            .rev()
             .map(|generation| self.image_dir(namespace, name, generation))
             .collect())
     }
@@ -133,7 +135,9 @@ impl Arriving {
         }
         let published = self
             .store
-            .publish(&self.namespace, &self.name, |dest| publish_dir(&dir, dest))?;
+            .publish(Place::Disk, &self.namespace, &self.name, |dest| {
+                publish_dir(&dir, dest)
+            })?;
         self.folder.published = true;
         Ok(published)
     }
@@ -149,6 +153,8 @@ impl Arriving {
         let highest = self.store.generations(&self.namespace, &self.name)?;
         Ok(SealedImage {
             store: self.store.clone(),
+            place: Place::Disk,
+            spare: None,
             dir: self.folder.dir.clone(),
             manifest,
             manifest_bytes: bytes,

@@ -16,7 +16,7 @@ use crate::manifest::is_image_path;
 /// The partial folder, removed when this is dropped, unless it was published.
 #[derive(Debug)]
 pub(super) struct Folder {
-    partials: PathBuf,
+    pub(super) partials: PathBuf,
     pub(super) id: String,
     pub(super) dir: PathBuf,
     lease: Option<Lock>,

@@ -96,8 +96,10 @@ impl SealedImage {
     /// # Errors
     /// As [`SealedImage::verify`].
     pub fn verify_begun(self, into: &Path, key: Option<&Key>) -> Result<VerifiedImage, ImageError> {
-        let chunks = Arc::new(self.chunks_here(key)?);
-        self.verify_with(into, key, chunks)
+        self.or_on_disk(|image| {
+            let chunks = Arc::new(image.chunks_here(key)?);
+            image.verify_with(into, key, chunks)
+        })
     }
 
     /// Has all of it come, and compares that; then it is like any other. For the one process of the node that

@@ -13,8 +13,9 @@ use rekindle_store::{Lock, publish_dir, space, write_file};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Damage, ImageError, ImageStore, SealedImage,
+    Damage, ImageError, ImageStore, Place, SealedImage,
     folder::{Folder, Private, lock_path, new_dir, new_id, remove_unless_leased, share},
+    places::sentence,
     reference,
 };
 use crate::{
@@ -155,6 +156,8 @@ pub struct Order {
     store: ImageStore,
     folder: Folder,
     request: RequestFile,
+    /// Bytes that are expected of it, where that is known.
+    expected: Option<u64>,
 }
 
 impl Order {
@@ -177,7 +180,18 @@ impl Order {
             store: store.clone(),
             folder,
             request,
+            expected: None,
         })
+    }
+
+    /// Says how many bytes are expected of it, so that it may be made in memory where they fit; else it is made on the
+    /// disk.
+    #[must_use]
+    pub fn expecting(self, bytes: u64) -> Self {
+        Self {
+            expected: Some(bytes),
+            ..self
+        }
     }
 
     /// The namespace that the image will be in. Whoever makes it compares it with the container's own.
@@ -193,7 +207,7 @@ impl Order {
 
     /// Begins to make it. `key` encrypts it, and then what CRIU writes goes to `private`, a folder that is made
     /// for it in memory, and no byte of the container's goes to the disk in clear. What the newest generation of
-    /// this image has is not stored again.
+    /// this image has in the same place is not stored again.
     ///
     /// # Errors
     /// What the file system says.
@@ -203,11 +217,17 @@ impl Order {
         compression: Compression,
         private: &Path,
     ) -> Result<Partial, ImageError> {
+        let made_in = self.in_memory();
         let Self {
             store,
             folder,
             request,
+            ..
         } = self;
+        let (place, folder, most, asked) = match made_in {
+            Some((memory, most)) => (Place::Memory, memory, most, Some(folder)),
+            None => (Place::Disk, folder, u64::MAX, None),
+        };
         let private = match key {
             Some(_) => Some(Private::new(private)?),
             None => {
@@ -215,16 +235,33 @@ impl Order {
                 None
             }
         };
-        let base = store.base(&request.namespace, &request.name, key.as_ref());
+        let image = (&request.namespace, &request.name);
+        let base = store.base(place, image, key.as_ref());
         let chunks = ChunkWriter::new(&folder.dir, key.as_ref(), compression, base)?;
         Ok(Partial {
+            chunks: chunks.up_to(most),
             store,
             private,
+            place,
             folder,
+            _asked: asked,
             request,
             key,
             compression,
-            chunks,
+        })
+    }
+
+    /// A folder in memory, and how many bytes may go into it, where what is expected fits. Trouble with memory is none of
+    /// the image's.
+    fn in_memory(&self) -> Option<(Folder, u64)> {
+        let expected = self.expected?;
+        // For what is not told before, such as CRIU's own files.
+        let needed = expected.saturating_add(expected / 8);
+        // What is written while it is copied is stored again, up to as much once more.
+        let found = self.store.room_in_memory(&self.folder.id, needed, expected);
+        found.unwrap_or_else(|error| {
+            tracing::warn!("the image is made on the disk: {}", sentence(&error));
+            None
         })
     }
 }
@@ -233,7 +270,11 @@ impl Order {
 #[derive(Debug)]
 pub struct Partial {
     store: ImageStore,
+    place: Place,
+    /// Where its bytes go.
     folder: Folder,
+    /// Where it was asked for, when that is another place. Removed with this.
+    _asked: Option<Folder>,
     request: RequestFile,
     key: Option<Key>,
     compression: Compression,
@@ -251,6 +292,11 @@ impl Partial {
         }
     }
 
+    /// Where it is made.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
     /// What who asked knows of the container's origin.
     pub fn source(&self) -> &Source {
         &self.request.source
@@ -261,7 +307,7 @@ impl Partial {
         &self.chunks
     }
 
-    /// Refuses when `bytes` more do not fit on the store's file system. Not asked where an earlier generation
+    /// Refuses when `bytes` more do not fit on the file system that it is made on. Not asked where an earlier generation
     /// has most of them.
     ///
     /// # Errors
@@ -282,8 +328,10 @@ impl Partial {
     /// and the folder is removed.
     pub fn seal(mut self, facts: Facts) -> Result<SealedImage, ImageError> {
         let dir = self.folder.dir.clone();
-        let path = dir.join(REQUEST_FILE);
-        fs::remove_file(&path).map_err(ImageError::io("remove", &path))?;
+        if self.place == Place::Disk {
+            let path = dir.join(REQUEST_FILE);
+            fs::remove_file(&path).map_err(ImageError::io("remove", &path))?;
+        }
         self.refuse_foreign()?;
         let mut files = Vec::new();
         for path in self.criu_files()? {
@@ -327,11 +375,11 @@ impl Partial {
         let digest = format!("{}\n", Digest::of_manifest(&text, self.key.as_ref()));
         write_file(&dir.join(MANIFEST_DIGEST_FILE), digest.as_bytes(), false)?;
         write_file(&path, &text, false)?;
-        let sealed = self
-            .store
-            .publish(&manifest.namespace, &manifest.name, |dest| {
-                publish_dir(&dir, dest)
-            })?;
+        let sealed =
+            self.store
+                .publish(self.place, &manifest.namespace, &manifest.name, |dest| {
+                    publish_dir(&dir, dest)
+                })?;
         self.folder.published = true;
         Ok(sealed)
     }

@@ -6,12 +6,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rekindle_core::name::{ImageName, Namespace};
-use rekindle_store::{Lock, StoreError, remove_tree, write_file};
+use rekindle_core::{
+    config::Memory,
+    name::{ImageName, Namespace},
+};
+use rekindle_store::{Lock, StoreError, write_file};
 
 use super::{
-    ImageError, Order, Request,
+    ImageError, Order, Place, Places, Request,
+    copies::missed,
     folder::{Scratch, new_dir, partial_id, remove_unless_leased, share},
+    inventory::ids,
     reference,
 };
 use crate::{
@@ -20,13 +25,18 @@ use crate::{
 };
 
 /// No namespace begins with a dot, so this is never one.
-const PARTIAL: &str = ".partial";
+pub(super) const PARTIAL: &str = ".partial";
 const LAST: &str = ".last";
+
+/// A folder of an image, its manifest, and the bytes of that.
+pub(super) type InFolder = (PathBuf, Manifest, Vec<u8>);
 
 /// The images of this node.
 #[derive(Debug, Clone)]
 pub struct ImageStore {
     root: PathBuf,
+    /// What it may have in memory, where it uses that.
+    pub(super) memory: Option<Memory>,
 }
 
 /// One image in a listing.
@@ -44,6 +54,8 @@ pub struct Listed {
     pub in_use: bool,
     /// Whether some of it is in its tier only, and comes.
     pub incoming: bool,
+    /// Where it lies.
+    pub places: Places,
     /// Why no container of its [kind](crate::warm) starts from it any more.
     pub quarantined: Option<String>,
 }
@@ -53,6 +65,10 @@ pub struct Listed {
 #[derive(Debug)]
 pub struct SealedImage {
     pub(super) store: ImageStore,
+    /// Where it was found.
+    pub(super) place: Place,
+    /// The folder of the copy on the disk, where it was found in memory and has one.
+    pub(super) spare: Option<PathBuf>,
     pub(super) dir: PathBuf,
     pub(super) manifest: Manifest,
     pub(super) manifest_bytes: Vec<u8>,
@@ -105,13 +121,14 @@ impl SealedImage {
 }
 
 impl ImageStore {
-    /// Opens the store, and makes its folder (0700) where there is none.
+    /// Opens the store without memory, and makes its folder (0700) where there is none.
     ///
     /// # Errors
     /// What the file system says.
     pub fn open(root: &Path) -> Result<Self, ImageError> {
         let store = Self {
             root: root.to_owned(),
+            memory: None,
         };
         new_dir(&store.partial_dir())?;
         Ok(store)
@@ -143,7 +160,7 @@ impl ImageStore {
         }
     }
 
-    /// Finds an image, the newest generation unless one is named, and leases it.
+    /// Finds an image, the newest generation unless one is named, and leases it: its copy in memory, where it has one.
     ///
     /// # Errors
     /// [`ImageError::Unknown`], or why its manifest is refused.
@@ -156,45 +173,80 @@ impl ImageStore {
         let unknown = || ImageError::Unknown(reference(namespace, name, generation));
         // One that has lost its manifest is being removed, or was when that was killed.
         let there = |generation: &u64| {
-            let manifest = self.image_dir(namespace, name, *generation);
-            fs::symlink_metadata(manifest.join(MANIFEST_FILE)).is_ok()
+            let mut dirs = self.dirs((namespace, name), *generation);
+            dirs.any(|(_, dir)| fs::symlink_metadata(dir.join(MANIFEST_FILE)).is_ok())
         };
         let found = match generation {
             Some(generation) => Some(generation).filter(there),
             None => (self.generations(namespace, name)?.into_iter()).rfind(there),
         };
         let found = found.ok_or_else(unknown)?;
-        let dir = self.image_dir(namespace, name, found);
+        let image = (namespace, name);
         let lock = self.lock_path(namespace, name, found);
         let lease = share(&lock)?.ok_or_else(unknown)?;
-        if !dir.is_dir() {
-            // It was removed while we waited, and its lock with it: this one is ours, and of nothing.
-            ignore_absent(fs::remove_file(&lock), "remove", &lock)?;
-            return Err(unknown());
-        }
-        if !there(&found) {
-            return Err(unknown());
-        }
-        let image = || reference(namespace, name, Some(found));
-        let (manifest, manifest_bytes) =
-            read_manifest(&dir).map_err(|source| ImageError::Manifest {
-                image: image(),
-                source,
-            })?;
-        if (&manifest.namespace, &manifest.name) != (namespace, name) {
-            return Err(ImageError::Misplaced {
-                image: image(),
-                claimed: reference(&manifest.namespace, &manifest.name, None),
+        let mut failed = None;
+        for place in Place::ALL {
+            let (dir, manifest, manifest_bytes) = match self.in_place(place, image, found) {
+                None => continue,
+                Some(Ok(read)) => read,
+                Some(Err(error)) => {
+                    failed = Some(error);
+                    continue;
+                }
+            };
+            if let Some(error) = failed {
+                missed(&reference(namespace, name, Some(found)), &error);
+                self.drop_from_memory(image, found);
+            }
+            let spare = match place {
+                Place::Memory => self.dir_in(Place::Disk, image, found),
+                Place::Disk => None,
+            };
+            return Ok(SealedImage {
+                store: self.clone(),
+                place,
+                spare: spare.filter(|dir| dir.join(MANIFEST_FILE).exists()),
+                dir,
+                manifest,
+                manifest_bytes,
+                generation: found,
+                lease,
             });
         }
-        Ok(SealedImage {
-            store: self.clone(),
-            dir,
-            manifest,
-            manifest_bytes,
-            generation: found,
-            lease,
-        })
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        if self.dirs(image, found).next().is_none() {
+            // It was removed while we waited, and its lock with it: this one is ours, and of nothing.
+            ignore_absent(fs::remove_file(&lock), "remove", &lock)?;
+        }
+        Err(unknown())
+    }
+
+    /// The folder and the manifest of one copy of an image; none where there is no such copy.
+    pub(super) fn in_place(
+        &self,
+        place: Place,
+        (namespace, name): (&Namespace, &ImageName),
+        generation: u64,
+    ) -> Option<Result<InFolder, ImageError>> {
+        let dir = self.dir_in(place, (namespace, name), generation)?;
+        // One that has lost its manifest is none: it is being removed, or was when that was killed.
+        fs::symlink_metadata(dir.join(MANIFEST_FILE)).ok()?;
+        let image = || reference(namespace, name, Some(generation));
+        let read = read_manifest(&dir).map_err(|source| ImageError::Manifest {
+            image: image(),
+            source,
+        });
+        Some(read.and_then(|(manifest, bytes)| {
+            if (&manifest.namespace, &manifest.name) != (namespace, name) {
+                return Err(ImageError::Misplaced {
+                    image: image(),
+                    claimed: reference(&manifest.namespace, &manifest.name, None),
+                });
+            }
+            Ok((dir, manifest, bytes))
+        }))
     }
 
     /// All images, or those of one namespace, by namespace, name and generation.
@@ -211,12 +263,14 @@ impl ImageStore {
                 let record = self.warm_record(&namespace, &name);
                 for generation in self.generations(&namespace, &name)? {
                     let lock = self.lock_path(&namespace, &name, generation);
-                    let dir = self.image_dir(&namespace, &name, generation);
                     all.push(Listed {
-                        manifest: read_manifest(&dir).map(|(manifest, _)| manifest),
+                        manifest: self.manifest(&namespace, &name, generation),
+                        places: self.places((&namespace, &name), generation),
                         // Looking must not create a lock file, nor hold one.
                         in_use: lock.exists() && Lock::try_acquire(&lock)?.is_none(),
-                        incoming: dir.join(ORIGIN_FILE).exists(),
+                        incoming: self
+                            .dirs((&namespace, &name), generation)
+                            .any(|(_, dir)| dir.join(ORIGIN_FILE).exists()),
                         quarantined: record.quarantined(generation).map(str::to_owned),
                         namespace: namespace.clone(),
                         name: name.clone(),
@@ -228,91 +282,16 @@ impl ImageStore {
         Ok(all)
     }
 
-    /// Removes one generation, or all; says which.
-    ///
-    /// # Errors
-    /// [`ImageError::Unknown`]; [`ImageError::InUse`] unless `force`, and then those before it are gone.
-    pub fn remove(
-        &self,
-        namespace: &Namespace,
-        name: &ImageName,
-        generation: Option<u64>,
-        force: bool,
-    ) -> Result<Vec<u64>, ImageError> {
-        let mut doomed = self.generations(namespace, name)?;
-        doomed.retain(|found| generation.is_none_or(|wanted| wanted == *found));
-        if doomed.is_empty() {
-            return Err(ImageError::Unknown(reference(namespace, name, generation)));
-        }
-        for generation in &doomed {
-            let lock = self.lock_path(namespace, name, *generation);
-            let alone = Lock::try_acquire(&lock)?;
-            if alone.is_none() && !force {
-                return Err(ImageError::InUse(reference(
-                    namespace,
-                    name,
-                    Some(*generation),
-                )));
-            }
-            self.remove_generation(namespace, name, *generation)?;
-        }
-        if self.generations(namespace, name)?.is_empty() {
-            self.forget_warm(namespace, name)?;
-        }
-        Ok(doomed)
-    }
-
-    /// Removes all but the newest `keep` generations of an image, and those that a container is being restored from.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn keep_newest(
-        &self,
-        namespace: &Namespace,
-        name: &ImageName,
-        keep: usize,
-    ) -> Result<(), ImageError> {
-        let found = self.generations(namespace, name)?;
-        for generation in found.iter().rev().skip(keep) {
-            match self.remove(namespace, name, Some(*generation), false) {
-                // Another one removes it too.
-                Err(ImageError::InUse(_) | ImageError::Unknown(_)) => {}
-                other => drop(other?),
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes one, whose lock is held or not asked for.
-    pub(super) fn remove_generation(
-        &self,
-        namespace: &Namespace,
-        name: &ImageName,
-        generation: u64,
-    ) -> Result<(), ImageError> {
-        let lock = self.lock_path(namespace, name, generation);
-        let dir = self.image_dir(namespace, name, generation);
-        // First: what is left of an image whose removal was killed is found by its folder.
-        let touches = self.touches_path(namespace, name, generation);
-        remove(&touches)?;
-        // Without its manifest it is no image: killed half-way, the rest is cleared as left over.
-        remove(&dir.join(MANIFEST_FILE))?;
-        remove_tree(&dir)?;
-        ignore_absent(fs::remove_file(&lock), "remove", &lock)
-    }
-
     /// Removes partial folders whose makers are gone, and says how many there were.
     ///
     /// # Errors
     /// What the file system says.
     pub fn sweep(&self) -> Result<usize, ImageError> {
-        let dir = self.partial_dir();
         let mut swept = 0;
-        for entry in fs::read_dir(&dir).map_err(ImageError::io("list", &dir))? {
-            let name = entry.map_err(ImageError::io("list", &dir))?.file_name();
-            let Some(name) = name.to_str() else { continue };
-            let id = name.strip_suffix(".lock").unwrap_or(name);
-            swept += usize::from(remove_unless_leased(&dir, id)?);
+        for dir in self.partial_dirs() {
+            for id in ids(&dir)? {
+                swept += usize::from(remove_unless_leased(&dir, &id)?);
+            }
         }
         Ok(swept)
     }
@@ -322,15 +301,28 @@ impl ImageStore {
         &self.root
     }
 
-    /// The newest generation, whose chunks need not be stored again; none where there is none that this key opens.
-    /// One that is damaged is nothing to build on.
+    /// The newest generation in a place, whose chunks need not be stored there again; none where there is none that this
+    /// key opens. One that is damaged is nothing to build on.
     pub(super) fn base(
         &self,
-        namespace: &Namespace,
-        name: &ImageName,
+        place: Place,
+        image: (&Namespace, &ImageName),
         key: Option<&Key>,
     ) -> Option<Base> {
-        let image = self.resolve(namespace, name, None).ok()?;
+        let newest = self.generations_in(place, image.0, image.1).ok()?;
+        let generation = newest.last().copied()?;
+        let lease = share(&self.lock_path(image.0, image.1, generation)).ok()??;
+        let (dir, manifest, manifest_bytes) = self.in_place(place, image, generation)?.ok()?;
+        let image = SealedImage {
+            store: self.clone(),
+            place,
+            spare: None,
+            dir,
+            manifest,
+            manifest_bytes,
+            generation,
+            lease,
+        };
         image.require_whole().ok()?;
         image.check_manifest(key).ok()?;
         let index = image.index().ok()?;
@@ -349,33 +341,46 @@ impl ImageStore {
         Scratch::new(&self.partial_dir())
     }
 
+    /// Where images are asked for; on the disk.
     pub(super) fn partial_dir(&self) -> PathBuf {
         self.root.join(PARTIAL)
     }
 
-    /// Publishes under the next generation that is free.
+    /// Publishes in a place, under the next generation.
     pub(super) fn publish(
         &self,
+        place: Place,
         namespace: &Namespace,
         name: &ImageName,
         publish: impl Fn(&Path) -> Result<(), StoreError>,
     ) -> Result<SealedImage, ImageError> {
-        let last = self.home(namespace, name)?.join(LAST);
         loop {
-            let highest = self.generations(namespace, name)?.last().copied();
-            let ever = fs::read_to_string(&last)
-                .ok()
-                .and_then(|text| text.trim().parse().ok());
-            let next = highest.max(ever).unwrap_or(0) + 1;
-            match publish(&self.image_dir(namespace, name, next)) {
-                // Another one was faster.
+            let next = self.next_number(namespace, name)?;
+            let Some(dest) = self.dir_in(place, (namespace, name), next) else {
+                return Err(ImageError::Unknown(reference(namespace, name, None)));
+            };
+            new_dir(dest.parent().unwrap_or(&dest))?;
+            match publish(&dest) {
+                // Somebody has put it there by hand.
                 Err(StoreError::Exists(_)) => continue,
                 other => other?,
             }
-            // So that a removed generation's number never means another image.
-            write_file(&last, next.to_string().as_bytes(), true)?;
             return self.resolve(namespace, name, Some(next));
         }
+    }
+
+    /// A number that no image of that name has or had, in any place: it is noted before one has it. So it never means
+    /// another one, though that was removed, or was in memory when the node went down.
+    fn next_number(&self, namespace: &Namespace, name: &ImageName) -> Result<u64, ImageError> {
+        let last = self.home(namespace, name)?.join(LAST);
+        let _alone = Lock::acquire(&last.with_extension("lock"))?;
+        let highest = self.generations(namespace, name)?.last().copied();
+        let ever = fs::read_to_string(&last)
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
+        let next = highest.max(ever).unwrap_or(0) + 1;
+        write_file(&last, next.to_string().as_bytes(), true)?;
+        Ok(next)
     }
 
     /// The image that a request made.
@@ -417,8 +422,15 @@ impl ImageStore {
         name: &ImageName,
         generation: u64,
     ) -> Result<Manifest, ManifestError> {
-        let dir = self.image_dir(namespace, name, generation);
-        read_manifest(&dir).map(|(manifest, _)| manifest)
+        let mut read = self
+            .dirs((namespace, name), generation)
+            .map(|(_, dir)| read_manifest(&dir));
+        let first = read.next();
+        let first =
+            first.unwrap_or_else(|| read_manifest(&self.image_dir(namespace, name, generation)));
+        // Where the copy in memory is refused, there may be another one.
+        let found = first.or_else(|refused| read.next().unwrap_or(Err(refused)));
+        found.map(|(manifest, _)| manifest)
     }
 
     /// The names in a namespace, sorted.
@@ -426,24 +438,7 @@ impl ImageStore {
         names(&self.root.join(namespace.as_str()))
     }
 
-    pub(crate) fn generations(
-        &self,
-        namespace: &Namespace,
-        name: &ImageName,
-    ) -> Result<Vec<u64>, ImageError> {
-        let home = self.home_of(namespace, name);
-        let mut all: Vec<u64> = entries(&home)?
-            .iter()
-            .filter_map(|text| {
-                // `+1` and `01` would be two names of one generation.
-                let number = text.parse::<u64>().ok()?;
-                (number > 0 && number.to_string() == *text).then_some(number)
-            })
-            .collect();
-        all.sort_unstable();
-        Ok(all)
-    }
-
+    /// The folder of a generation on the disk, whether it is there or not.
     pub(super) fn image_dir(
         &self,
         namespace: &Namespace,
@@ -508,7 +503,7 @@ pub(super) fn names<T: std::str::FromStr + Ord>(dir: &Path) -> Result<Vec<T>, Im
 }
 
 /// Names of the folders in `dir`; none where there is no `dir`.
-fn entries(dir: &Path) -> Result<Vec<String>, ImageError> {
+pub(super) fn entries(dir: &Path) -> Result<Vec<String>, ImageError> {
     let list = match fs::read_dir(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.map_err(ImageError::io("list", dir))?,
@@ -524,15 +519,7 @@ fn entries(dir: &Path) -> Result<Vec<String>, ImageError> {
     Ok(all)
 }
 
-/// Removes what should be a file, whatever it is.
-fn remove(path: &Path) -> Result<(), ImageError> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() == io::ErrorKind::IsADirectory => Ok(remove_tree(path)?),
-        removed => ignore_absent(removed, "remove", path),
-    }
-}
-
-fn ignore_absent(
+pub(super) fn ignore_absent(
     result: io::Result<()>,
     doing: &'static str,
     path: &Path,

@@ -20,6 +20,7 @@ use crate::{
 };
 
 mod faults;
+mod memory;
 
 pub(crate) fn names() -> (Namespace, ImageName) {
     ("team-a".parse().unwrap(), "warm".parse().unwrap())
@@ -51,7 +52,15 @@ impl Making {
     pub(crate) fn make(&self, store: &ImageStore) -> SealedImage {
         let (namespace, name) = names();
         let request = store.begin(&namespace, &name, Source::default()).unwrap();
-        let partial = self.begin(store, &request);
+        let made = self.fill(self.begin(store, &request));
+        let generation = made.generation();
+        drop(made);
+        let found = request.finish().unwrap();
+        assert_eq!(found.generation(), generation);
+        found
+    }
+
+    fn fill(&self, partial: Partial) -> SealedImage {
         folder(&partial.criu_dir());
         let none = Tasks::from_iter([]);
         take_pages(
@@ -64,12 +73,7 @@ impl Making {
         let mut upper = partial.chunks().stream(UPPER_FILE);
         upper.write_all(&upper_layer()).unwrap();
         upper.finish().unwrap();
-        let made = partial.seal(Facts::default()).unwrap();
-        let generation = made.generation();
-        drop(made);
-        let found = request.finish().unwrap();
-        assert_eq!(found.generation(), generation);
-        found
+        partial.seal(Facts::default()).unwrap()
     }
 }
 

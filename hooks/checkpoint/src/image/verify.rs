@@ -22,6 +22,7 @@ use rekindle_store::Lock;
 
 use super::{
     Damage, ImageError, ImageStore, SealedImage,
+    copies::missed,
     laid_out::{BUFFER, LaidOut},
     store::open_regular,
 };
@@ -170,8 +171,10 @@ impl SealedImage {
     /// # Errors
     /// [`ImageError::Damaged`] names the first file that is not what it was; [`ImageError::Criu`].
     pub fn verify(self, into: &Path, key: Option<&Key>) -> Result<VerifiedImage, ImageError> {
-        let chunks = Arc::new(self.chunks(key)?);
-        self.verify_with(into, key, chunks)
+        self.or_on_disk(|image| {
+            let chunks = Arc::new(image.chunks_whole(key)?);
+            image.verify_with(into, key, chunks)
+        })
     }
 
     /// With chunks that are its own.
@@ -275,6 +278,17 @@ impl SealedImage {
     /// # Errors
     /// As [`SealedImage::verify`]; [`ImageError::Incoming`] when they are not all here.
     pub fn chunks(&self, key: Option<&Key>) -> Result<Chunks, ImageError> {
+        let here = self.chunks_whole(key);
+        match (here, self.on_disk()) {
+            (Err(error), Some(other)) if error.is_of_the_copy() => {
+                missed(&self.reference(), &error);
+                other.chunks_whole(key)
+            }
+            (here, _) => here,
+        }
+    }
+
+    fn chunks_whole(&self, key: Option<&Key>) -> Result<Chunks, ImageError> {
         self.require_whole()?;
         self.chunks_here(key)
     }
@@ -284,8 +298,12 @@ impl SealedImage {
         self.check_manifest(key)?;
         self.check_sizes()?;
         let packs = &self.manifest.packs;
-        Chunks::open(&self.dir, packs, self.index()?, key)
-            .map_err(ImageError::chunks(&self.reference()))
+        let chunks = Chunks::open(&self.dir, packs, self.index()?, key)
+            .map_err(ImageError::chunks(&self.reference()))?;
+        Ok(match &self.spare {
+            Some(dir) => chunks.or_from(dir),
+            None => chunks,
+        })
     }
 
     /// What can be compared without a key: that exactly the files are there that the manifest lists, of their sizes,

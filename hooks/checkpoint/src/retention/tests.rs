@@ -7,7 +7,7 @@ use super::*;
 const NOW: u64 = 1_000_000;
 
 /// An image with one file of its own, and those packs.
-fn held(name: &str, generation: u64, last_used: u64, packs: &[(u64, u64, u64)]) -> Held {
+pub(super) fn held(name: &str, generation: u64, last_used: u64, packs: &[(u64, u64, u64)]) -> Held {
     let own = name
         .bytes()
         .fold(generation, |sum, byte| sum * 31 + u64::from(byte));
@@ -31,6 +31,7 @@ fn held(name: &str, generation: u64, last_used: u64, packs: &[(u64, u64, u64)]) 
         usable: true,
         remade: false,
         files: [own].into_iter().chain(packs).collect(),
+        memory: Vec::new(),
     }
 }
 

@@ -277,6 +277,10 @@ pub struct Image {
     pub replicated: bool,
     // @@protoc_insertion_point(field:rekindle.agent.v1.Image.usable)
     pub usable: bool,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.Image.place)
+    pub place: ::std::string::String,
+    // @@protoc_insertion_point(field:rekindle.agent.v1.Image.memory_bytes)
+    pub memory_bytes: u64,
     // special fields
     // @@protoc_insertion_point(special_field:rekindle.agent.v1.Image.special_fields)
     pub special_fields: ::protobuf::SpecialFields,
@@ -294,7 +298,7 @@ impl Image {
     }
 
     fn generated_message_descriptor_data() -> ::protobuf::reflect::GeneratedMessageDescriptorData {
-        let mut fields = ::std::vec::Vec::with_capacity(8);
+        let mut fields = ::std::vec::Vec::with_capacity(10);
         let mut oneofs = ::std::vec::Vec::with_capacity(0);
         fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
             "namespace",
@@ -335,6 +339,16 @@ impl Image {
             "usable",
             |m: &Image| { &m.usable },
             |m: &mut Image| { &mut m.usable },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "place",
+            |m: &Image| { &m.place },
+            |m: &mut Image| { &mut m.place },
+        ));
+        fields.push(::protobuf::reflect::rt::v2::make_simpler_field_accessor::<_, _>(
+            "memory_bytes",
+            |m: &Image| { &m.memory_bytes },
+            |m: &mut Image| { &mut m.memory_bytes },
         ));
         ::protobuf::reflect::GeneratedMessageDescriptorData::new_2::<Image>(
             "Image",
@@ -378,6 +392,12 @@ impl ::protobuf::Message for Image {
                 64 => {
                     self.usable = is.read_bool()?;
                 },
+                74 => {
+                    self.place = is.read_string()?;
+                },
+                80 => {
+                    self.memory_bytes = is.read_uint64()?;
+                },
                 tag => {
                     ::protobuf::rt::read_unknown_or_skip_group(tag, is, self.special_fields.mut_unknown_fields())?;
                 },
@@ -414,6 +434,12 @@ impl ::protobuf::Message for Image {
         if self.usable != false {
             my_size += 1 + 1;
         }
+        if !self.place.is_empty() {
+            my_size += ::protobuf::rt::string_size(9, &self.place);
+        }
+        if self.memory_bytes != 0 {
+            my_size += ::protobuf::rt::uint64_size(10, self.memory_bytes);
+        }
         my_size += ::protobuf::rt::unknown_fields_size(self.special_fields.unknown_fields());
         self.special_fields.cached_size().set(my_size as u32);
         my_size
@@ -444,6 +470,12 @@ impl ::protobuf::Message for Image {
         if self.usable != false {
             os.write_bool(8, self.usable)?;
         }
+        if !self.place.is_empty() {
+            os.write_string(9, &self.place)?;
+        }
+        if self.memory_bytes != 0 {
+            os.write_uint64(10, self.memory_bytes)?;
+        }
         os.write_unknown_fields(self.special_fields.unknown_fields())?;
         ::std::result::Result::Ok(())
     }
@@ -469,6 +501,8 @@ impl ::protobuf::Message for Image {
         self.in_use = false;
         self.replicated = false;
         self.usable = false;
+        self.place.clear();
+        self.memory_bytes = 0;
         self.special_fields.clear();
     }
 
@@ -482,6 +516,8 @@ impl ::protobuf::Message for Image {
             in_use: false,
             replicated: false,
             usable: false,
+            place: ::std::string::String::new(),
+            memory_bytes: 0,
             special_fields: ::protobuf::SpecialFields::new(),
         };
         &instance
@@ -879,6 +915,12 @@ pub mod event {
         FAILED = 7,
         // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.LOST)
         LOST = 8,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.SETTLED)
+        SETTLED = 9,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.PROMOTED)
+        PROMOTED = 10,
+        // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.DEMOTED)
+        DEMOTED = 11,
         // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.CHECKPOINTING)
         CHECKPOINTING = 20,
         // @@protoc_insertion_point(enum_value:rekindle.agent.v1.Event.Kind.CHECKPOINTED)
@@ -913,6 +955,9 @@ pub mod event {
                 6 => ::std::option::Option::Some(Kind::REMOVED),
                 7 => ::std::option::Option::Some(Kind::FAILED),
                 8 => ::std::option::Option::Some(Kind::LOST),
+                9 => ::std::option::Option::Some(Kind::SETTLED),
+                10 => ::std::option::Option::Some(Kind::PROMOTED),
+                11 => ::std::option::Option::Some(Kind::DEMOTED),
                 20 => ::std::option::Option::Some(Kind::CHECKPOINTING),
                 21 => ::std::option::Option::Some(Kind::CHECKPOINTED),
                 22 => ::std::option::Option::Some(Kind::FETCHING),
@@ -935,6 +980,9 @@ pub mod event {
                 "REMOVED" => ::std::option::Option::Some(Kind::REMOVED),
                 "FAILED" => ::std::option::Option::Some(Kind::FAILED),
                 "LOST" => ::std::option::Option::Some(Kind::LOST),
+                "SETTLED" => ::std::option::Option::Some(Kind::SETTLED),
+                "PROMOTED" => ::std::option::Option::Some(Kind::PROMOTED),
+                "DEMOTED" => ::std::option::Option::Some(Kind::DEMOTED),
                 "CHECKPOINTING" => ::std::option::Option::Some(Kind::CHECKPOINTING),
                 "CHECKPOINTED" => ::std::option::Option::Some(Kind::CHECKPOINTED),
                 "FETCHING" => ::std::option::Option::Some(Kind::FETCHING),
@@ -956,6 +1004,9 @@ pub mod event {
             Kind::REMOVED,
             Kind::FAILED,
             Kind::LOST,
+            Kind::SETTLED,
+            Kind::PROMOTED,
+            Kind::DEMOTED,
             Kind::CHECKPOINTING,
             Kind::CHECKPOINTED,
             Kind::FETCHING,
@@ -983,13 +1034,16 @@ pub mod event {
                 Kind::REMOVED => 6,
                 Kind::FAILED => 7,
                 Kind::LOST => 8,
-                Kind::CHECKPOINTING => 9,
-                Kind::CHECKPOINTED => 10,
-                Kind::FETCHING => 11,
-                Kind::FETCHED => 12,
-                Kind::RESTORED => 13,
-                Kind::SUSPENDED => 14,
-                Kind::RESUMED => 15,
+                Kind::SETTLED => 9,
+                Kind::PROMOTED => 10,
+                Kind::DEMOTED => 11,
+                Kind::CHECKPOINTING => 12,
+                Kind::CHECKPOINTED => 13,
+                Kind::FETCHING => 14,
+                Kind::FETCHED => 15,
+                Kind::RESTORED => 16,
+                Kind::SUSPENDED => 17,
+                Kind::RESUMED => 18,
             };
             Self::enum_descriptor().value_by_index(index)
         }
@@ -3007,64 +3061,67 @@ static file_descriptor_proto_data: &'static [u8] = b"\
     \n\x0bagent.proto\x12\x11rekindle.agent.v1\"-\n\rImagesRequest\x12\x1c\n\
     \tnamespace\x18\x01\x20\x01(\tR\tnamespace\"B\n\x0eImagesResponse\x120\n\
     \x06images\x18\x01\x20\x03(\x0b2\x18.rekindle.agent.v1.ImageR\x06images\
-    \"\xdb\x01\n\x05Image\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespac\
+    \"\x94\x02\n\x05Image\x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespac\
     e\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04name\x12\x1e\n\ngeneration\
     \x18\x03\x20\x01(\x04R\ngeneration\x12\x14\n\x05bytes\x18\x04\x20\x01(\
     \x04R\x05bytes\x12\x1b\n\tlast_used\x18\x05\x20\x01(\x04R\x08lastUsed\
     \x12\x15\n\x06in_use\x18\x06\x20\x01(\x08R\x05inUse\x12\x1e\n\nreplicate\
     d\x18\x07\x20\x01(\x08R\nreplicated\x12\x16\n\x06usable\x18\x08\x20\x01(\
-    \x08R\x06usable\"\x0e\n\x0cWatchRequest\"\xc7\x03\n\x05Event\x121\n\x04k\
-    ind\x18\x01\x20\x01(\x0e2\x1d.rekindle.agent.v1.Event.KindR\x04kind\x12\
-    \x12\n\x04time\x18\x02\x20\x01(\x04R\x04time\x12\x12\n\x04step\x18\x03\
-    \x20\x01(\tR\x04step\x12\x14\n\x05image\x18\x04\x20\x01(\tR\x05image\x12\
-    \x12\n\x04done\x18\x05\x20\x01(\x04R\x04done\x12\x14\n\x05total\x18\x06\
-    \x20\x01(\x04R\x05total\x12\x18\n\x07message\x18\x07\x20\x01(\tR\x07mess\
-    age\x12\x1c\n\tcontainer\x18\x14\x20\x01(\tR\tcontainer\"\xea\x01\n\x04K\
-    ind\x12\x0b\n\x07UNKNOWN\x10\0\x12\x08\n\x04STEP\x10\x01\x12\x0c\n\x08AP\
-    PEARED\x10\x02\x12\x0f\n\x0bDISAPPEARED\x10\x03\x12\x0f\n\x0bREPLICATING\
-    \x10\x04\x12\x0e\n\nREPLICATED\x10\x05\x12\x0b\n\x07REMOVED\x10\x06\x12\
-    \n\n\x06FAILED\x10\x07\x12\x08\n\x04LOST\x10\x08\x12\x11\n\rCHECKPOINTIN\
-    G\x10\x14\x12\x10\n\x0cCHECKPOINTED\x10\x15\x12\x0c\n\x08FETCHING\x10\
-    \x16\x12\x0b\n\x07FETCHED\x10\x17\x12\x0c\n\x08RESTORED\x10\x18\x12\r\n\
-    \tSUSPENDED\x10\x19\x12\x0b\n\x07RESUMED\x10\x1a\"t\n\x11CheckpointReque\
-    st\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\x12\x12\n\x04name\
-    \x18\x02\x20\x01(\tR\x04name\x12\x12\n\x04exit\x18\x03\x20\x01(\x08R\x04\
-    exit\x12\x19\n\x08keep_tcp\x18\x04\x20\x01(\x08R\x07keepTcp\">\n\x12Chec\
-    kpointResponse\x12\x14\n\x05image\x18\x01\x20\x01(\tR\x05image\x12\x12\n\
-    \x04json\x18\x02\x20\x01(\tR\x04json\"\x93\x01\n\x0eRestoreRequest\x12\
-    \x14\n\x05image\x18\x01\x20\x01(\tR\x05image\x12\x0e\n\x02id\x18\x02\x20\
-    \x01(\tR\x02id\x12\x12\n\x04like\x18\x03\x20\x01(\tR\x04like\x121\n\x14c\
-    ontainerd_namespace\x18\x04\x20\x01(\tR\x13containerdNamespace\x12\x14\n\
-    \x05force\x18\x05\x20\x01(\x08R\x05force\"M\n\x0fRestoreResponse\x12\x14\
-    \n\x05image\x18\x01\x20\x01(\tR\x05image\x12\x10\n\x03pid\x18\x02\x20\
-    \x01(\rR\x03pid\x12\x12\n\x04json\x18\x03\x20\x01(\tR\x04json\".\n\x0eSu\
-    spendRequest\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\"I\n\
-    \x0fSuspendResponse\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\
-    \x12\x18\n\x07already\x18\x02\x20\x01(\x08R\x07already\"-\n\rResumeReque\
-    st\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\"H\n\x0eResumeRes\
-    ponse\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\x12\x18\n\x07a\
-    lready\x18\x02\x20\x01(\x08R\x07already\"w\n\rRemoveRequest\x12\x1c\n\tn\
-    amespace\x18\x01\x20\x01(\tR\tnamespace\x12\x12\n\x04name\x18\x02\x20\
-    \x01(\tR\x04name\x12\x1e\n\ngeneration\x18\x03\x20\x01(\x04R\ngeneration\
-    \x12\x14\n\x05force\x18\x04\x20\x01(\x08R\x05force\"(\n\x0eRemoveRespons\
-    e\x12\x16\n\x06images\x18\x01\x20\x03(\tR\x06images\"@\n\x0cFetchRequest\
-    \x12\x1c\n\tnamespace\x18\x01\x20\x01(\tR\tnamespace\x12\x12\n\x04name\
-    \x18\x02\x20\x01(\tR\x04name\"7\n\rFetchResponse\x12\x14\n\x05image\x18\
-    \x01\x20\x01(\tR\x05image\x12\x10\n\x03hit\x18\x02\x20\x01(\x08R\x03hit\
-    \"\x0e\n\x0cRoundRequest\"'\n\rRoundResponse\x12\x16\n\x06failed\x18\x01\
-    \x20\x01(\rR\x06failed2\xd1\x05\n\x05Agent\x12M\n\x06Images\x12\x20.reki\
-    ndle.agent.v1.ImagesRequest\x1a!.rekindle.agent.v1.ImagesResponse\x12D\n\
-    \x05Watch\x12\x1f.rekindle.agent.v1.WatchRequest\x1a\x18.rekindle.agent.\
-    v1.Event0\x01\x12Y\n\nCheckpoint\x12$.rekindle.agent.v1.CheckpointReques\
-    t\x1a%.rekindle.agent.v1.CheckpointResponse\x12P\n\x07Restore\x12!.rekin\
-    dle.agent.v1.RestoreRequest\x1a\".rekindle.agent.v1.RestoreResponse\x12P\
-    \n\x07Suspend\x12!.rekindle.agent.v1.SuspendRequest\x1a\".rekindle.agent\
-    .v1.SuspendResponse\x12M\n\x06Resume\x12\x20.rekindle.agent.v1.ResumeReq\
-    uest\x1a!.rekindle.agent.v1.ResumeResponse\x12M\n\x06Remove\x12\x20.reki\
-    ndle.agent.v1.RemoveRequest\x1a!.rekindle.agent.v1.RemoveResponse\x12J\n\
-    \x05Fetch\x12\x1f.rekindle.agent.v1.FetchRequest\x1a\x20.rekindle.agent.\
-    v1.FetchResponse\x12J\n\x05Round\x12\x1f.rekindle.agent.v1.RoundRequest\
-    \x1a\x20.rekindle.agent.v1.RoundResponseb\x06proto3\
+    \x08R\x06usable\x12\x14\n\x05place\x18\t\x20\x01(\tR\x05place\x12!\n\x0c\
+    memory_bytes\x18\n\x20\x01(\x04R\x0bmemoryBytes\"\x0e\n\x0cWatchRequest\
+    \"\xef\x03\n\x05Event\x121\n\x04kind\x18\x01\x20\x01(\x0e2\x1d.rekindle.\
+    agent.v1.Event.KindR\x04kind\x12\x12\n\x04time\x18\x02\x20\x01(\x04R\x04\
+    time\x12\x12\n\x04step\x18\x03\x20\x01(\tR\x04step\x12\x14\n\x05image\
+    \x18\x04\x20\x01(\tR\x05image\x12\x12\n\x04done\x18\x05\x20\x01(\x04R\
+    \x04done\x12\x14\n\x05total\x18\x06\x20\x01(\x04R\x05total\x12\x18\n\x07\
+    message\x18\x07\x20\x01(\tR\x07message\x12\x1c\n\tcontainer\x18\x14\x20\
+    \x01(\tR\tcontainer\"\x92\x02\n\x04Kind\x12\x0b\n\x07UNKNOWN\x10\0\x12\
+    \x08\n\x04STEP\x10\x01\x12\x0c\n\x08APPEARED\x10\x02\x12\x0f\n\x0bDISAPP\
+    EARED\x10\x03\x12\x0f\n\x0bREPLICATING\x10\x04\x12\x0e\n\nREPLICATED\x10\
+    \x05\x12\x0b\n\x07REMOVED\x10\x06\x12\n\n\x06FAILED\x10\x07\x12\x08\n\
+    \x04LOST\x10\x08\x12\x0b\n\x07SETTLED\x10\t\x12\x0c\n\x08PROMOTED\x10\n\
+    \x12\x0b\n\x07DEMOTED\x10\x0b\x12\x11\n\rCHECKPOINTING\x10\x14\x12\x10\n\
+    \x0cCHECKPOINTED\x10\x15\x12\x0c\n\x08FETCHING\x10\x16\x12\x0b\n\x07FETC\
+    HED\x10\x17\x12\x0c\n\x08RESTORED\x10\x18\x12\r\n\tSUSPENDED\x10\x19\x12\
+    \x0b\n\x07RESUMED\x10\x1a\"t\n\x11CheckpointRequest\x12\x1c\n\tcontainer\
+    \x18\x01\x20\x01(\tR\tcontainer\x12\x12\n\x04name\x18\x02\x20\x01(\tR\
+    \x04name\x12\x12\n\x04exit\x18\x03\x20\x01(\x08R\x04exit\x12\x19\n\x08ke\
+    ep_tcp\x18\x04\x20\x01(\x08R\x07keepTcp\">\n\x12CheckpointResponse\x12\
+    \x14\n\x05image\x18\x01\x20\x01(\tR\x05image\x12\x12\n\x04json\x18\x02\
+    \x20\x01(\tR\x04json\"\x93\x01\n\x0eRestoreRequest\x12\x14\n\x05image\
+    \x18\x01\x20\x01(\tR\x05image\x12\x0e\n\x02id\x18\x02\x20\x01(\tR\x02id\
+    \x12\x12\n\x04like\x18\x03\x20\x01(\tR\x04like\x121\n\x14containerd_name\
+    space\x18\x04\x20\x01(\tR\x13containerdNamespace\x12\x14\n\x05force\x18\
+    \x05\x20\x01(\x08R\x05force\"M\n\x0fRestoreResponse\x12\x14\n\x05image\
+    \x18\x01\x20\x01(\tR\x05image\x12\x10\n\x03pid\x18\x02\x20\x01(\rR\x03pi\
+    d\x12\x12\n\x04json\x18\x03\x20\x01(\tR\x04json\".\n\x0eSuspendRequest\
+    \x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\"I\n\x0fSuspendResp\
+    onse\x12\x1c\n\tcontainer\x18\x01\x20\x01(\tR\tcontainer\x12\x18\n\x07al\
+    ready\x18\x02\x20\x01(\x08R\x07already\"-\n\rResumeRequest\x12\x1c\n\tco\
+    ntainer\x18\x01\x20\x01(\tR\tcontainer\"H\n\x0eResumeResponse\x12\x1c\n\
+    \tcontainer\x18\x01\x20\x01(\tR\tcontainer\x12\x18\n\x07already\x18\x02\
+    \x20\x01(\x08R\x07already\"w\n\rRemoveRequest\x12\x1c\n\tnamespace\x18\
+    \x01\x20\x01(\tR\tnamespace\x12\x12\n\x04name\x18\x02\x20\x01(\tR\x04nam\
+    e\x12\x1e\n\ngeneration\x18\x03\x20\x01(\x04R\ngeneration\x12\x14\n\x05f\
+    orce\x18\x04\x20\x01(\x08R\x05force\"(\n\x0eRemoveResponse\x12\x16\n\x06\
+    images\x18\x01\x20\x03(\tR\x06images\"@\n\x0cFetchRequest\x12\x1c\n\tnam\
+    espace\x18\x01\x20\x01(\tR\tnamespace\x12\x12\n\x04name\x18\x02\x20\x01(\
+    \tR\x04name\"7\n\rFetchResponse\x12\x14\n\x05image\x18\x01\x20\x01(\tR\
+    \x05image\x12\x10\n\x03hit\x18\x02\x20\x01(\x08R\x03hit\"\x0e\n\x0cRound\
+    Request\"'\n\rRoundResponse\x12\x16\n\x06failed\x18\x01\x20\x01(\rR\x06f\
+    ailed2\xd1\x05\n\x05Agent\x12M\n\x06Images\x12\x20.rekindle.agent.v1.Ima\
+    gesRequest\x1a!.rekindle.agent.v1.ImagesResponse\x12D\n\x05Watch\x12\x1f\
+    .rekindle.agent.v1.WatchRequest\x1a\x18.rekindle.agent.v1.Event0\x01\x12\
+    Y\n\nCheckpoint\x12$.rekindle.agent.v1.CheckpointRequest\x1a%.rekindle.a\
+    gent.v1.CheckpointResponse\x12P\n\x07Restore\x12!.rekindle.agent.v1.Rest\
+    oreRequest\x1a\".rekindle.agent.v1.RestoreResponse\x12P\n\x07Suspend\x12\
+    !.rekindle.agent.v1.SuspendRequest\x1a\".rekindle.agent.v1.SuspendRespon\
+    se\x12M\n\x06Resume\x12\x20.rekindle.agent.v1.ResumeRequest\x1a!.rekindl\
+    e.agent.v1.ResumeResponse\x12M\n\x06Remove\x12\x20.rekindle.agent.v1.Rem\
+    oveRequest\x1a!.rekindle.agent.v1.RemoveResponse\x12J\n\x05Fetch\x12\x1f\
+    .rekindle.agent.v1.FetchRequest\x1a\x20.rekindle.agent.v1.FetchResponse\
+    \x12J\n\x05Round\x12\x1f.rekindle.agent.v1.RoundRequest\x1a\x20.rekindle\
+    .agent.v1.RoundResponseb\x06proto3\
 ";
 
 /// `FileDescriptorProto` object which was a source for this generated file

@@ -19,7 +19,8 @@ Examples:
   rekindle agent               # as rekindle-agent.service does
   rekindle agent --once        # one round, for a timer of one's own
 
-In each round it removes what killed processes left, puts images that are not in their namespace's tier there
+In each round it removes what killed processes left, copies images that are in memory only to the disk, and those
+that containers start from into memory ([images.memory]), puts images that are not in their namespace's tier there
 ([[images.tier]]), and removes those that may go by [images.retention], but no image of a namespace with a
 tier that is not whole in there, and none that a container leases. The configuration is read in each round.
 
@@ -79,9 +80,20 @@ pub(crate) async fn run(
             Some(asked) = rounds.recv() => waiting.push(asked),
         }
         match config() {
-            Ok(read) if read.images.root == node.images.root => node = read,
-            Ok(_) => tracing::warn!("images.root has changed: start the agent again"),
+            Ok(read) if roots(&read) == roots(&node) => node = read,
+            Ok(_) => {
+                tracing::warn!("images.root or images.memory has changed: start the agent again")
+            }
             Err(error) => tracing::warn!("going on with the configuration as it was: {error:#}"),
         }
     }
+}
+
+/// Where images lie, which does not change while it runs.
+fn roots(node: &NodeConfig) -> (&Path, Option<&Path>) {
+    let memory = node.images.memory.as_ref();
+    (
+        &node.images.root,
+        memory.map(|memory| memory.root.as_path()),
+    )
 }

@@ -121,7 +121,7 @@ async fn checkpoint(
     }
     let containerd = Containerd::connect(&args.address).await?;
     let request = resolve(args, config, &containerd).await?;
-    let store = ImageStore::open(&config.images.root)?;
+    let store = ImageStore::of(&config.images)?;
     // Dropped on any way out, it takes the partial folder along.
     let mut partial = store.begin(&request.namespace, &args.name, request.source())?;
     let options = CheckpointOptions {

@@ -9,7 +9,10 @@ use std::{
 
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
-use rekindle_checkpoint::{ImageError, ImageStore, Manifest, SealedImage, image::Listed};
+use rekindle_checkpoint::{
+    ImageError, ImageStore, Manifest, SealedImage,
+    image::{Listed, Place},
+};
 use rekindle_core::{
     config::NodeConfig,
     name::{ImageRef, Namespace},
@@ -163,8 +166,8 @@ enum ImageCommand {
     Show {
         #[command(flatten)]
         which: Which,
-        /// Print the manifest as one line of JSON, with `contents`, `packs_shared_with`, `quarantined` and `kind`
-        /// beside it.
+        /// Print the manifest as one line of JSON, with `place`, `contents`, `packs_shared_with`, `quarantined` and
+        /// `kind` beside it.
         #[arg(long)]
         json: bool,
     },
@@ -230,7 +233,7 @@ struct Which {
 }
 
 pub(crate) async fn run(args: ImageArgs, config: &NodeConfig) -> anyhow::Result<ExitCode> {
-    let store = ImageStore::open(&config.images.root)?;
+    let store = ImageStore::of(&config.images)?;
     // Reads whole images, and blocks; nothing else runs in this process.
     tokio::task::block_in_place(|| match args.command {
         ImageCommand::Ls {
@@ -290,6 +293,7 @@ fn ls(store: &ImageStore, namespace: Option<&Namespace>, json: bool) -> anyhow::
         "SIZE",
         "PROCESSES",
         "FROM",
+        "PLACE",
         "AGE",
         "STATE",
     ];
@@ -306,7 +310,7 @@ fn ls(store: &ImageStore, namespace: Option<&Namespace>, json: bool) -> anyhow::
     Ok(ExitCode::SUCCESS)
 }
 
-fn cells(found: &Listed) -> [String; 8] {
+fn cells(found: &Listed) -> [String; 9] {
     let state = match (&found.manifest, &found.quarantined) {
         (Err(_), _) => "refused",
         (Ok(_), Some(_)) => "quarantined",
@@ -323,6 +327,7 @@ fn cells(found: &Listed) -> [String; 8] {
         say(|manifest| output::bytes(manifest.total_bytes())),
         say(|manifest| manifest.facts.processes.len().to_string()),
         say(origin),
+        found.places.to_string(),
         say(|manifest| age(manifest.created)),
         state.to_owned(),
     ]
@@ -334,6 +339,7 @@ fn row(found: &Listed) -> serde_json::Value {
         "namespace": found.namespace,
         "name": found.name,
         "generation": found.generation,
+        "place": found.places.to_string(),
         "in_use": found.in_use,
         "incoming": found.incoming,
         "quarantined": found.quarantined,
@@ -387,20 +393,31 @@ fn verify(
     })
 }
 
-/// Verifies one image, with a bar on a terminal, and says which it was.
+/// Verifies all copies of one image, with a bar on a terminal, and says which it was.
 fn check(store: &ImageStore, config: &NodeConfig, image: SealedImage) -> anyhow::Result<String> {
     let (reference, bytes) = (image.reference(), image.manifest().total_bytes());
     let packs = image.manifest().packs.iter().map(|pack| pack.size).sum();
     let key = keys::of(config, &image)?;
-    let room = opened::Room::new(store, key.as_ref())?;
-    let verified = image.verify(&room.path, key.as_ref())?;
-    let done = AtomicU64::new(0);
-    with_bar(
-        &reference,
-        packs,
-        || done.load(Ordering::Relaxed),
-        || verified.verify_chunks(&done),
-    )?;
+    let copies = [image.on_disk(), Some(image.alone())];
+    for copy in copies.into_iter().flatten() {
+        let place = copy.place();
+        let room = opened::Room::new(store, key.as_ref())?;
+        let check = || -> anyhow::Result<()> {
+            let verified = copy.verify(&room.path, key.as_ref())?;
+            let done = AtomicU64::new(0);
+            with_bar(
+                &reference,
+                packs,
+                || done.load(Ordering::Relaxed),
+                || verified.verify_chunks(&done),
+            )?;
+            Ok(())
+        };
+        check().map_err(|error| match place {
+            Place::Memory => error.context("its copy in memory"),
+            Place::Disk => error,
+        })?;
+    }
     Ok(format!("{reference}  {}", output::bytes(bytes)))
 }
 

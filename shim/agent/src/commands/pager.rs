@@ -11,7 +11,10 @@ use std::{
 use anyhow::Context as _;
 use clap::Args;
 use rekindle_checkpoint::{ImageStore, pager};
-use rekindle_core::{config::NodeConfig, name::ImageRef};
+use rekindle_core::{
+    config::{Memory, NodeConfig},
+    name::ImageRef,
+};
 
 use crate::{keys, output, tier};
 
@@ -28,6 +31,9 @@ pub(crate) struct PagerArgs {
     /// The store of the image.
     #[arg(long)]
     store: PathBuf,
+    /// Where the store has images in memory.
+    #[arg(long)]
+    memory: Option<PathBuf>,
     /// The image: NAMESPACE/NAME@GENERATION.
     image: ImageRef,
 }
@@ -45,11 +51,13 @@ pub(crate) fn run(
     let Some(namespace) = &args.image.namespace else {
         anyhow::bail!("the image {} has no namespace", args.image);
     };
-    let image = ImageStore::open(&args.store)?.resolve(
-        namespace,
-        &args.image.name,
-        args.image.generation,
-    )?;
+    let mut store = ImageStore::open(&args.store)?;
+    if let Some(root) = &args.memory
+        && let Err(error) = store.use_memory(Memory::to_read(root))
+    {
+        tracing::warn!("no images in memory: {error}");
+    }
+    let image = store.resolve(namespace, &args.image.name, args.image.generation)?;
     // Only who has an image that is encrypted, or not all here, has to know of keys and tiers.
     let whole = image.origin()?.is_none();
     let (key, rest) = match whole && image.key().is_none() {
@@ -73,6 +81,9 @@ pub(crate) fn run(
     });
     match pager::serve(relay, &args.criu, &chunks, noted.clone()) {
         Ok(served) => {
+            if chunks.has_missed() {
+                image.leave_memory();
+            }
             if served.touches != noted
                 && let Err(error) = image.note_touches(&served.touches)
             {

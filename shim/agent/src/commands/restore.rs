@@ -115,7 +115,7 @@ async fn restore(args: &RestoreArgs, config: &NodeConfig) -> anyhow::Result<Answ
     // Before anything is made: the newest one of now, whatever is made meanwhile.
     let own: Namespace = args.containerd_namespace.parse()?;
     let namespace = args.image.namespace.as_ref().unwrap_or(&own);
-    let store = ImageStore::open(&config.images.root)?;
+    let store = ImageStore::of(&config.images)?;
     let image = store.resolve(namespace, &args.image.name, args.image.generation)?;
 
     let containerd = Containerd::connect(&args.address).await?;

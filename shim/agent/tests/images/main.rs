@@ -6,5 +6,6 @@ mod schema;
 
 mod diff;
 mod gc;
+mod memory;
 mod node;
 mod oci;

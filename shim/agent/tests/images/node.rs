@@ -11,6 +11,7 @@ use std::{
 use rekindle_checkpoint::{
     Facts, ImageStore, Key, chunks::Compression, image::Request, manifest::UPPER_FILE,
 };
+use rekindle_core::config::NodeConfig;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -44,7 +45,8 @@ impl Node {
     }
 
     pub(crate) fn store(&self) -> ImageStore {
-        ImageStore::open(&self.root()).unwrap()
+        let text = fs::read_to_string(self.config()).unwrap();
+        ImageStore::of(&NodeConfig::parse("", &text).unwrap().images).unwrap()
     }
 
     /// `rekindle --config … image …`
@@ -102,6 +104,8 @@ impl Node {
         let store = self.store();
         let request = asked(&store, image);
         let order = store.partial_at(&request.dir()).unwrap().unwrap();
+        let bytes = streams.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        let order = order.expecting(bytes);
         let private = self.folder.path().join("private");
         let partial = order.begin(key, Compression::None, &private).unwrap();
         criu(&partial.criu_dir());

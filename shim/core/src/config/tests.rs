@@ -236,6 +236,11 @@ fn what_is_wrong_is_named() {
         ),
         ("[images.retention]\nquota = \"5GB\"", &["5GB", "GiB"]),
         ("[images.retention]\nquota = 5", &["string"]),
+        (
+            "[images.memory]\nroot = \"run\"",
+            &["images.memory.root", "absolute"],
+        ),
+        ("[images.memory]\nquota = \"1GB\"", &["1GB", "GiB"]),
     ] {
         let sentence = parse(text).unwrap_err();
         for word in words {
@@ -271,4 +276,23 @@ fn nothing_is_removed_unless_the_retention_says_so() {
         namespace_quota: Some(50 << 30),
     };
     assert_eq!(parse(text).unwrap().images.retention, all);
+}
+
+#[test]
+fn images_are_in_memory_only_where_there_is_a_quota() {
+    for text in [
+        "",
+        "[images.memory]",
+        "[images.memory]\nquota = \"0B\"\nidle = \"1m\"\n",
+    ] {
+        assert_eq!(parse(text).unwrap().images.memory, None, "{text}");
+    }
+    let config = parse("[images.memory]\nquota = \"64GiB\"\n").unwrap();
+    let memory = Memory {
+        root: "/run/rekindle/images".into(),
+        quota: 64 << 30,
+        namespace_quota: None,
+        idle: Duration::from_secs(3600),
+    };
+    assert_eq!(config.images.memory, Some(memory));
 }

@@ -125,10 +125,10 @@ impl Container {
         let Wish { name, mut source } = wish;
         source.image_ref = source.image_ref.or(container.reference);
         source.image_digest = source.image_digest.or(container.digest);
-        let root = self.fixed.shared.node.images.root.clone();
+        let node = Arc::clone(&self.fixed.shared.node);
         let namespace = self.fixed.plan.identity.namespace.clone();
         let begun = blocking(move || {
-            let store = ImageStore::open(&root)?;
+            let store = ImageStore::of(&node.images)?;
             let request = store.begin(&namespace, &name, source)?;
             Ok((store, request))
         });

@@ -223,12 +223,13 @@ impl Container {
         };
         let image = self.make_image(wish).await?;
         if self.was_signalled() {
-            let root = self.fixed.shared.node.images.root.clone();
+            let node = Arc::clone(&self.fixed.shared.node);
             let (namespace, name) = (namespace.clone(), name.clone());
             let newest = image
                 .rsplit_once('@')
                 .and_then(|(_, number)| number.parse().ok());
-            let remove = move || ImageStore::open(&root)?.remove(&namespace, &name, newest, false);
+            let remove =
+                move || ImageStore::of(&node.images)?.remove(&namespace, &name, newest, false);
             blocking(remove).await?.map_err(failed)?;
             return Err(Unmade::NotThis("it was signalled meanwhile"));
         }

@@ -15,21 +15,22 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    Facts, ImageStore, Order, Partial, fit::container_facts, gpu, manifest::DumpFlags,
-    pages::Tasks, plain,
+    Facts, ImageStore, Order, Partial, fit::container_facts, gpu, image::bytes_below,
+    manifest::DumpFlags, pages::Tasks, plain,
 };
 
 use rekindle_core::step::CheckpointStep as Step;
 
 use super::{PhaseError, done, step};
 use crate::{
-    bundle::Spec,
+    bundle::{SHM, Spec},
     context::Fixed,
     criu::{self, CheckpointRequest, CriuError, Purpose},
     error::{Error, sentence},
     keys,
     lifecycle::State,
     runc::RuncError,
+    stats,
     threads::blocking,
 };
 
@@ -63,7 +64,9 @@ pub(crate) async fn run(
     let destination = match order {
         Some(order) => {
             refuse_image(fixed, &spec)?;
-            let partial = steps.run(Step::Begin, begin(fixed, order)).await?;
+            let partial = steps
+                .run(Step::Begin, begin(fixed, order, pid, &spec))
+                .await?;
             Some(match held && fixed.shared.node.images.precopy {
                 true => {
                     let precopy = precopy::run(fixed, pid, partial, until);
@@ -179,11 +182,11 @@ async fn destination(fixed: &Fixed, request: &CheckpointRequest) -> Result<Optio
         id: fixed.id.clone(),
         reason,
     };
-    let (root, path) = (fixed.shared.node.images.root.clone(), request.image.clone());
-    let found = blocking(move || match ImageStore::open(&root) {
+    let (node, path) = (Arc::clone(&fixed.shared.node), request.image.clone());
+    let found = blocking(move || match ImageStore::of(&node.images) {
         Ok(store) => store.partial_at(&path),
         // A node whose store cannot be made still makes plain checkpoints.
-        Err(_) if !path.starts_with(&root) => Ok(None),
+        Err(_) if !path.starts_with(&node.images.root) => Ok(None),
         Err(error) => Err(error),
     })
     .await?;
@@ -210,7 +213,7 @@ async fn destination(fixed: &Fixed, request: &CheckpointRequest) -> Result<Optio
 }
 
 /// Makes what the image is written into; all that takes time of it, before the tasks are stopped.
-async fn begin(fixed: &Fixed, order: Order) -> Result<Partial, Error> {
+async fn begin(fixed: &Fixed, order: Order, init: i32, spec: &Spec) -> Result<Partial, Error> {
     let cannot = |reason: String| PhaseError::CannotCheckpoint {
         id: fixed.id.clone(),
         reason,
@@ -223,8 +226,32 @@ async fn begin(fixed: &Fixed, order: Order) -> Result<Partial, Error> {
         keys::require_memory(&fixed.bundle).map_err(cannot)?;
     }
     let compression = fixed.shared.node.images.compression;
+    let order = match expected(fixed, init, spec).await {
+        Some(bytes) => order.expecting(bytes),
+        None => order,
+    };
     let begun = blocking(move || order.begin(key, compression, &private)).await?;
     Ok(begun.map_err(|e| cannot(sentence(&e)))?)
+}
+
+/// What an image of the container takes, as far as that is told before it is made: its memory, its writable layer, and the
+/// `/dev/shm` of its pod. Only asked where there is memory for images.
+async fn expected(fixed: &Fixed, init: i32, spec: &Spec) -> Option<u64> {
+    fixed.shared.node.images.memory.as_ref()?;
+    let folders = [fixed.rootfs.upper_layer(), spec.bind_source(SHM)];
+    let told = blocking(move || {
+        // What its cgroup does not tell its processes do, each of what they share.
+        let rss = || {
+            let tasks = Tasks::below(init).ok()?;
+            Some(tasks.all().iter().map(|task| task.rss).sum())
+        };
+        let mut bytes: u64 = stats::memory_of(init).or_else(rss)?;
+        for folder in folders.into_iter().flatten() {
+            bytes += bytes_below(&folder).ok()?;
+        }
+        Some(bytes)
+    });
+    told.await.ok().flatten()
 }
 
 async fn facts(fixed: &Fixed, spec: &Spec, request: &CheckpointRequest) -> Result<Facts, Error> {
@@ -287,6 +314,7 @@ async fn sealed(
     tracing::info!(
         id,
         image = image.reference(),
+        place = %image.place(),
         stopped_ms = taken.stopped.as_millis(),
         precopied = taken.precopied,
         "image sealed"

@@ -4,7 +4,7 @@
 
 mod mounted;
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path, time::Duration};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, sync::Arc, time::Duration};
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use mounted::Mounted;
@@ -155,7 +155,7 @@ async fn find(fixed: &Fixed, spec: &Spec, request: WarmRequest) -> Result<Warm, 
         .iter()
         .filter_map(|kind| Some((*kind, spec.namespace_path(kind)?)))
         .collect();
-    let root = fixed.shared.node.images.root.clone();
+    let node = Arc::clone(&fixed.shared.node);
     let ignore = request.ignore_env.clone();
     let found = blocking(move || {
         let is_the_hosts = |kind: &str, path: &Path| {
@@ -179,7 +179,7 @@ async fn find(fixed: &Fixed, spec: &Spec, request: WarmRequest) -> Result<Warm, 
             of_the_host: of_the_host.collect(),
         };
         let kind = Kind::of(&parsed, &host, around);
-        let store = ImageStore::open(&root)?;
+        let store = ImageStore::of(&node.images)?;
         let Some(images) = WarmImages::of(store, identity.namespace, kind) else {
             return Ok(None);
         };

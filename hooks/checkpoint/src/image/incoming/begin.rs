@@ -8,7 +8,7 @@ use rustix::fs::{FallocateFlags, fallocate, ftruncate};
 use super::{Origin, Source};
 use crate::{
     chunks::Key,
-    image::{Arriving, ImageError, SealedImage},
+    image::{Arriving, ImageError, Place, SealedImage},
     manifest::{MANIFEST_FILE, Manifest, ORIGIN_FILE, PackEntry, criu_path},
 };
 
@@ -47,7 +47,9 @@ impl Arriving {
         drop(verified);
         let published = self
             .store
-            .publish(&self.namespace, &self.name, |dest| publish_dir(&dir, dest))?;
+            .publish(Place::Disk, &self.namespace, &self.name, |dest| {
+                publish_dir(&dir, dest)
+            })?;
         self.folder.published = true;
         Ok(published)
     }

@@ -7,8 +7,9 @@ use std::{
     time::Duration,
 };
 
+use rekindle_checkpoint::image::require_memory;
 use rekindle_core::{
-    config::{ImageKey, NodeConfig, Paging},
+    config::{ImageKey, Memory, NodeConfig, Paging},
     paths,
 };
 use rustix::fs::statvfs;
@@ -41,6 +42,7 @@ pub(super) async fn all(args: &DoctorArgs, config: &NodeConfig) -> Vec<Check> {
     }
     checks.push(store("datasets.root", &config.datasets.root));
     checks.push(store("images.root", &config.images.root));
+    checks.extend(config.images.memory.as_ref().map(memory));
     checks.push(sources(config));
     checks.extend(config.images.keys.iter().map(image_key));
     checks.push(apiserver::check(&config.kubernetes).await);
@@ -243,6 +245,36 @@ fn store(name: &'static str, root: &Path) -> Check {
     }
 }
 
+/// Images in memory: elsewhere they would be a second copy on a disk.
+fn memory(memory: &Memory) -> Check {
+    const NAME: &str = "images.memory";
+    if let Err(error) = require_memory(&memory.root) {
+        return Check::failed(
+            NAME,
+            format!("{error}; images are made on the disk"),
+            "set images.memory.root to a folder on a tmpfs, such as /run/rekindle/images",
+        );
+    }
+    let check = store(NAME, &memory.root);
+    let there = memory.root.ancestors().find(|path| path.is_dir());
+    let total = there.and_then(|folder| statvfs(folder).ok());
+    let total = total.map_or(0, |stat| stat.f_blocks.saturating_mul(stat.f_frsize));
+    // A ramfs says nothing of its size.
+    if check.state != super::State::Failed && total > 0 && memory.quota > total {
+        return Check::noted(
+            NAME,
+            format!(
+                "images may take {}, and the tmpfs of {} has {}",
+                output::bytes(memory.quota),
+                memory.root.display(),
+                output::bytes(total)
+            ),
+            "mount a larger tmpfs there (size=), or set a smaller images.memory.quota",
+        );
+    }
+    check
+}
+
 /// Whether a file can be made in `folder`: permission bits do not tell of read-only mounts.
 fn probe(folder: &Path) -> io::Result<()> {
     let file: PathBuf = folder.join(format!(".rekindle-doctor-{}", std::process::id()));
@@ -380,6 +412,28 @@ mod tests {
             fs::read_dir(folder.path()).unwrap().count(),
             0,
             "nothing is left behind"
+        );
+    }
+
+    #[test]
+    fn memory_for_images_has_to_be_memory_and_enough() {
+        let of = |root: &Path, quota: u64| Memory {
+            quota,
+            ..Memory::to_read(root)
+        };
+        let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+        let check = memory(&of(&shm.path().join("images"), 1 << 20));
+        assert_ne!(check.state, State::Failed, "{check:?}");
+        let check = memory(&of(shm.path(), 1 << 60));
+        assert!(
+            check.state == State::Noted && check.found.contains("images may take"),
+            "{check:?}"
+        );
+        // Of a program's folder nobody can say that it is in memory.
+        let check = memory(&of(Path::new("/proc"), 1));
+        assert!(
+            check.state == State::Failed && check.found.contains("is not in memory"),
+            "{check:?}"
         );
     }
 

@@ -55,6 +55,8 @@ struct Images<'a> {
     root: &'a Path,
     compression: Compression,
     precopy: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<Memory<'a>>,
     retention: Retention,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     key: &'a [ImageKey],
@@ -62,6 +64,16 @@ struct Images<'a> {
     export: &'a [Export],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     tier: &'a [Tier],
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Memory<'a> {
+    root: &'a Path,
+    quota: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace_quota: Option<String>,
+    idle: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -114,6 +126,12 @@ impl<'a> From<&'a NodeConfig> for Shown<'a> {
                 root: &config.images.root,
                 compression: config.images.compression,
                 precopy: config.images.precopy,
+                memory: config.images.memory.as_ref().map(|memory| Memory {
+                    root: &memory.root,
+                    quota: size::written(memory.quota),
+                    namespace_quota: memory.namespace_quota.map(size::written),
+                    idle: duration(memory.idle),
+                }),
                 retention: Retention {
                     keep: config.images.retention.keep,
                     idle: config.images.retention.idle.map(duration),
@@ -175,6 +193,11 @@ mod tests {
             compression = "lz4"
             precopy = false
             export = [{ namespace = "team-a", name = "warm", to = ["team-b"] }]
+            [images.memory]
+            root = "/dev/shm/images"
+            quota = "64GiB"
+            namespace-quota = "16GiB"
+            idle = "30m"
             [images.retention]
             keep = 2
             idle = "72h"

@@ -7,8 +7,8 @@ use std::{
 
 use rekindle_checkpoint::{
     ImageStore,
-    image::{Evicted, Leftovers},
-    retention::{Held, Plan, Reason, plan},
+    image::{Evicted, Leftovers, Place},
+    retention::{Held, Plan, Reason, demotions, plan},
 };
 use rekindle_core::{
     config::{NodeConfig, Retention},
@@ -73,6 +73,7 @@ impl GcArgs {
 
 /// One image that the plan removes, and what became of it.
 struct Outcome<'a> {
+    place: Place,
     image: &'a Held,
     reason: Reason,
     evicted: Evicted,
@@ -102,15 +103,38 @@ pub(super) fn run(
             true => Evicted::Freed(removal.frees),
             false => store.evict(image)?,
         };
-        let outcome = Outcome {
+        outcomes.push(Outcome {
+            place: Place::Disk,
             image,
             reason: removal.reason,
             evicted,
-        };
-        if !args.json {
-            output::line(sentence(&outcome, args.dry_run));
+        });
+    }
+    let in_memory = match &config.images.memory {
+        Some(memory) => demotions(&images, memory, now.as_secs(), |_| false).removals,
+        None => Vec::new(),
+    };
+    for removal in &in_memory {
+        let image = &images[removal.image];
+        // One that goes from the node has left memory too.
+        if plan.removals.iter().any(|gone| gone.image == removal.image) {
+            continue;
         }
-        outcomes.push(outcome);
+        let evicted = match args.dry_run {
+            true => Evicted::Freed(removal.frees),
+            false => store.demote(image)?,
+        };
+        outcomes.push(Outcome {
+            place: Place::Memory,
+            image,
+            reason: removal.reason,
+            evicted,
+        });
+    }
+    if !args.json {
+        for outcome in &outcomes {
+            output::line(sentence(outcome, args.dry_run));
+        }
     }
     match args.json {
         true => output::json(&report(args, &plan, &outcomes, leftovers))?,
@@ -124,7 +148,10 @@ fn reference(image: &Held) -> String {
 }
 
 fn sentence(outcome: &Outcome<'_>, dry_run: bool) -> String {
-    let image = reference(outcome.image);
+    let image = match outcome.place {
+        Place::Disk => reference(outcome.image),
+        Place::Memory => format!("{} from memory", reference(outcome.image)),
+    };
     let why = match outcome.reason {
         Reason::Keep { keep: 1 } => "there is a newer generation".to_owned(),
         Reason::Keep { keep } => format!("there are {keep} newer generations"),
@@ -148,11 +175,16 @@ fn sentence(outcome: &Outcome<'_>, dry_run: bool) -> String {
 
 /// Bytes that came free on the disk.
 fn freed(outcomes: &[Outcome<'_>], leftovers: Leftovers) -> u64 {
-    let images = outcomes.iter().map(|outcome| match outcome.evicted {
+    leftovers.bytes + freed_in(Place::Disk, outcomes)
+}
+
+fn freed_in(place: Place, outcomes: &[Outcome<'_>]) -> u64 {
+    let there = outcomes.iter().filter(|outcome| outcome.place == place);
+    let images = there.map(|outcome| match outcome.evicted {
         Evicted::Freed(bytes) => bytes,
         Evicted::Used | Evicted::Gone => 0,
     });
-    leftovers.bytes + images.sum::<u64>()
+    images.sum()
 }
 
 fn summary(args: &GcArgs, plan: &Plan, outcomes: &[Outcome<'_>], leftovers: Leftovers) {
@@ -169,6 +201,10 @@ fn summary(args: &GcArgs, plan: &Plan, outcomes: &[Outcome<'_>], leftovers: Left
     }
     let freed = freed(outcomes, leftovers);
     output::line(format!("{} {freed_word}", output::bytes(freed)));
+    let memory = freed_in(Place::Memory, outcomes);
+    if memory > 0 {
+        output::line(format!("{} of memory {freed_word}", output::bytes(memory)));
+    }
     if plan.over() > 0 {
         output::line(format!(
             "{} more than the quota of {} stay: containers use them, or something else has links to them",
@@ -189,6 +225,7 @@ fn report(args: &GcArgs, plan: &Plan, outcomes: &[Outcome<'_>], leftovers: Lefto
             "namespace": outcome.image.namespace,
             "name": outcome.image.name,
             "generation": outcome.image.generation,
+            "place": outcome.place.to_string(),
             "last_used": outcome.image.last_used,
             "why": outcome.reason,
             "result": result,
@@ -200,6 +237,7 @@ fn report(args: &GcArgs, plan: &Plan, outcomes: &[Outcome<'_>], leftovers: Lefto
         "images": rows.collect::<Vec<_>>(),
         "leftovers": {"folders": leftovers.folders, "freed": leftovers.bytes},
         "freed": freed(outcomes, leftovers),
+        "memory_freed": freed_in(Place::Memory, outcomes),
         "before": plan.before,
         "after": plan.after,
         "quota": plan.quota,

@@ -52,6 +52,7 @@ pub(super) fn run(
         let mut whole = serde_json::to_value(image.manifest())?;
         whole["contents"] = told.as_ref().map_or(Value::Null, contents);
         let record = store.warm_record(&namespace, &which.image.name);
+        whole["place"] = json!(image.places().to_string());
         whole["quarantined"] = json!(record.quarantined(image.generation()));
         whole["kind"] = json!(record.kind);
         whole["packs_shared_with"] = serde_json::to_value(&sharing)?;
@@ -239,6 +240,7 @@ fn describe(image: &SealedImage, sharing: &BTreeMap<String, Vec<u64>>) {
         ("image", image.reference()),
         ("made", format!("{} ago", age(manifest.created))),
         ("size", output::bytes(manifest.total_bytes())),
+        ("lies in", image.places().to_string()),
         ("container", facts.source.container.clone()),
         ("pod", or_none(&facts.source.pod)),
         ("container image", or_none(&facts.source.image_ref)),

@@ -185,10 +185,10 @@ async fn resolve(
     fixed: &Fixed,
     plan: &RestorePlan,
 ) -> Result<Result<SealedImage, ImageError>, Error> {
-    let root = fixed.shared.node.images.root.clone();
+    let node = Arc::clone(&fixed.shared.node);
     let (namespace, name, generation) =
         (plan.namespace.clone(), plan.name.clone(), plan.generation);
-    blocking(move || ImageStore::open(&root)?.resolve(&namespace, &name, generation)).await
+    blocking(move || ImageStore::of(&node.images)?.resolve(&namespace, &name, generation)).await
 }
 
 /// Reads all pages, for a restore without a pager.
