@@ -229,8 +229,15 @@ impl Archive {
     pub fn bytes(&self) -> u64 {
         let nested = [self.upper, self.shm].into_iter().flatten();
         let nested = nested.map(|nested| nested.extent.size);
-        let criu = self.criu.iter().map(|(_, extent)| extent.size);
-        criu.chain(nested).fold(0, u64::saturating_add)
+        let criu = match self.criu_archive {
+            // All of it is hashed.
+            Some(archive) => archive.extent.size,
+            None => {
+                let sizes = self.criu.iter().map(|(_, extent)| extent.size);
+                sizes.fold(0, u64::saturating_add)
+            }
+        };
+        nested.fold(criu, u64::saturating_add)
     }
 
     fn wrong(&self, file: &str, what: impl std::fmt::Display) -> ForeignError {

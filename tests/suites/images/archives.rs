@@ -140,7 +140,16 @@ pub(crate) async fn what_ctr_exports_becomes_an_image(stage: &Stage) -> Result<(
     let at = counts_to(task.io().out()?, before.n).await?;
     task.remove().await?;
     let file = "/tmp/ctrs.tar";
-    let export = ["ctr", "-n", "default", "images", "export", file, name];
+    let export = [
+        "ctr",
+        "-n",
+        "default",
+        "images",
+        "export",
+        "--skip-manifest-json",
+        file,
+        name,
+    ];
     let exported = node.command(&export).output()?;
     ensure!(exported.status.success(), "{exported:?}");
     let told = image(stage, &["import", file, "--name", "ctrs"]).await?;

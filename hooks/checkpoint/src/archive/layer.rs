@@ -399,9 +399,7 @@ fn append<W: Write>(
         _ => return Err(ArchiveError::Kind { name: show(path) }),
     }
     if opaque && item.kind == EntryType::Directory {
-        let mut header = Header::new_gnu();
-        header.set_entry_type(EntryType::Regular);
-        header.set_size(0);
+        let mut header = self::header(EntryType::Regular, &whiteout(path));
         let path = path.join(OsStr::from_bytes(OPAQUE));
         tar.append_data(&mut header, path, io::empty())
             .map_err(pack())?;

@@ -153,7 +153,7 @@ impl Remote {
             {
                 return Ok(upload);
             }
-            self.wait(tokio::time::sleep(PAUSE));
+            self.wait(async { tokio::time::sleep(PAUSE).await });
         }
         Err(layout.busy())
     }

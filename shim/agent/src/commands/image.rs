@@ -101,7 +101,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused, 4 neither here nor in th
 const ARCHIVE_EXAMPLES: &str = "\
 Examples:
   rekindle image import /var/lib/kubelet/checkpoints/checkpoint-web_team-a-main-2026-11-27T10:00:00Z.tar --name warm
-  ctr containers checkpoint --image --rw --task localhost/demo demo && ctr images export demo.tar localhost/demo
+  ctr containers checkpoint --image --rw --task demo localhost/demo
+  ctr images export --skip-manifest-json demo.tar localhost/demo
   rekindle image import demo.tar --namespace default --name demo --json
   rekindle image export team-a/warm@3 /tmp/warm.tar
 

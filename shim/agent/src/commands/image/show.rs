@@ -8,7 +8,7 @@ use rekindle_checkpoint::{
     contents::Contents,
     criu_image::Socket,
     image::Listed,
-    manifest::{SHM_FILE, UPPER_FILE},
+    manifest::{SHM_FILE, UPPER_FILE, Unknown},
 };
 use rekindle_core::config::{Compression, NodeConfig};
 use serde_json::{Value, json};
@@ -251,6 +251,7 @@ fn describe(image: &SealedImage, sharing: &BTreeMap<String, Vec<u64>>) {
         ),
         ("kernel", host.kernel.clone()),
         ("made by", format!("CRIU {}, runc {}", host.criu, host.runc)),
+        ("not known", list(unknown(image))),
         ("dumped with", list(dump_flags(image))),
         (
             "encrypted with",
@@ -318,6 +319,17 @@ pub(super) fn line(title: &str, text: &str) {
         })
         .collect();
     output::line(format!("{title:<18} {text}").trim_end());
+}
+
+/// What others have made and did not write down.
+fn unknown(image: &SealedImage) -> Vec<String> {
+    let unknown = image.manifest().facts.unknown.iter();
+    let name = |unknown: &Unknown| match unknown {
+        Unknown::Host => "host",
+        Unknown::Layer => "layer",
+        Unknown::Shm => "shm",
+    };
+    unknown.map(|unknown| name(unknown).to_owned()).collect()
 }
 
 fn dump_flags(image: &SealedImage) -> Vec<String> {
