@@ -5,7 +5,7 @@ CARGO ?= cargo
 export RUST_LIB_BACKTRACE ?= 0
 BUILD_PACKAGES := gcc libc6-dev protobuf-compiler
 NODE_PACKAGES := debootstrap debian-archive-keyring qemu-system-x86 cpio e2fsprogs busybox-static util-linux iproute2 \
-                 mawk python3-pip
+                 mawk python3-pip docker-registry skopeo apache2-utils
 
 # What docs/PARITY.md was taken from.
 CONTAINERD := github.com/containerd/containerd/v2@v2.1.9
@@ -64,7 +64,7 @@ test-unit: ## unit tests only: no root, no node
 	$(CARGO) test --workspace --exclude rekindle-tests
 
 test-suites: build ## the suites that need a real containerd (as root)
-	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test data --test agent --test node --test torch --test vm
+	$(CARGO) test --workspace --no-fail-fast --test lifecycle --test cri --test images --test data --test agent --test registry --test node --test torch --test vm
 
 test-dist: deps build dist-shim ## the lifecycle suite on the shim that make dist makes (as root)
 	REKINDLE_BIN_DIR="$(CURDIR)/dist" REKINDLE_RUNTIMES=rekindle $(CARGO) test --workspace --no-fail-fast --test lifecycle
