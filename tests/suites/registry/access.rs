@@ -1,6 +1,7 @@
 //! How a registry is reached, and as whom; and that credentials go to nobody else.
 
 use std::{
+    collections::HashMap,
     fs,
     os::unix::fs::PermissionsExt as _,
     path::Path,
@@ -53,7 +54,7 @@ fn who_may_is_said_by_dockers_own_file() {
     let none = nodes.layout_as(nodes.address, "{}");
     let refused = nodes.push(&none, &image).unwrap_err().to_string();
     assert!(
-        refused.contains("refuses who has no credentials (HTTP 401 UNAUTHORIZED"),
+        refused.contains("refuses who has no credentials (HTTP 401)"),
         "{refused}"
     );
 
@@ -159,7 +160,7 @@ fn a_program_has_the_credentials() {
 struct Tokens {
     realm: String,
     asked: Arc<Mutex<Vec<Message>>>,
-    /// The newest token.
+    /// Tokens that were given.
     number: Arc<AtomicUsize>,
 }
 
@@ -178,20 +179,23 @@ impl Tokens {
         }
     }
 
-    /// A registry that wants the newest token of that server, each for so many requests.
+    /// A registry that takes the tokens of that server, each for so many requests.
     fn guard(&self, nodes: &Nodes, lasts: usize) -> Arc<Proxy> {
         let (realm, number) = (self.realm.clone(), Arc::clone(&self.number));
-        let used = Mutex::new((0, 0));
+        let used = Mutex::new(HashMap::<String, usize>::new());
         Proxy::start(nodes.address, move |r: &Request| {
-            let newest = number.load(SeqCst);
-            let mut used = used.lock().unwrap();
-            if used.0 != newest {
-                *used = (newest, 0);
-            }
-            used.1 += 1;
-            let wanted = format!("Bearer token-{newest}");
-            if newest > 0 && used.1 <= lasts && r.message.header("authorization") == Some(&wanted) {
-                return Lie::Unauthorized;
+            let given = 1..=number.load(SeqCst);
+            let known = r.message.header("authorization").filter(|said| {
+                let token = said.strip_prefix("Bearer token-");
+                token.is_some_and(|n| n.parse().is_ok_and(|n| given.contains(&n)))
+            });
+            if let Some(token) = known {
+                let mut used = used.lock().unwrap();
+                let used = used.entry(token.to_owned()).or_default();
+                *used += 1;
+                if *used <= lasts {
+                    return Lie::Unauthorized;
+                }
             }
             let challenge = format!(
                 "Bearer realm=\"{realm}\",service=\"a registry\",scope=\"repository:all/there/is:*\""

@@ -284,12 +284,12 @@ const PUSHED: &[(&str, Rule, Option<&str>)] = &[
         None,
     ),
     (
-        "a registry that has not taken a chunk, and says so",
+        "it says that it has less than it has",
         |r| {
             let lie = Lie::Header("range", "0-1048575".to_owned());
             when(r.op == Op::Chunk && r.nth == 2, lie)
         },
-        None,
+        Some("DIGEST_INVALID"),
     ),
     (
         "blobs are taken and not kept",
@@ -356,7 +356,7 @@ const PUSHED: &[(&str, Rule, Option<&str>)] = &[
     ),
     (
         "nothing is answered",
-        |_| Lie::Stall(0),
+        |_| Lie::Silence,
         Some("gave up after 4 attempts"),
     ),
 ];

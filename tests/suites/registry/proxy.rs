@@ -51,6 +51,8 @@ pub(crate) enum Lie {
     Cut(usize),
     /// So many bytes of the body of the answer, then silence until the client gives up.
     Stall(usize),
+    /// Nothing at all until the client gives up, and the registry never hears of the request.
+    Silence,
     /// One wrong byte.
     Flip,
     /// As many bytes of something else.
@@ -151,6 +153,7 @@ impl Proxy {
                     _ => client.write_all(&answer.body).ok(),
                 };
             }
+            Lie::Silence => return wait(client),
             Lie::NoRange => message.remove("range"),
             Lie::Unauthorized => message.remove("authorization"),
             _ => {}
@@ -186,10 +189,16 @@ fn tell(mut client: &TcpStream, mut answer: Message, lie: &Lie) -> Option<()> {
     client.write_all(&answer.head()).ok()?;
     client.write_all(&answer.body[..keep]).ok()?;
     if let Lie::Stall(_) = lie {
-        let limit = Some(Duration::from_secs(60));
-        client.set_read_timeout(limit).ok()?;
-        // Ends when the client closes.
-        let _ = client.read(&mut [0]);
+        wait(client)?;
     }
+    Some(())
+}
+
+/// Until the client closes.
+fn wait(mut client: &TcpStream) -> Option<()> {
+    client
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .ok()?;
+    let _ = client.read(&mut [0]);
     Some(())
 }
