@@ -7,8 +7,9 @@ mod pki;
 mod real;
 mod stand_in;
 
+use crate::poll;
 use anyhow::{Context, Result};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
@@ -98,13 +99,32 @@ impl Apiserver {
         .to_string())
     }
 
+    /// Waits until it can do what is asked of it: a real one makes its first namespaces and roles after it listens.
+    async fn is_ready(&self) -> Result<()> {
+        if matches!(self.server, Server::StandIn(_)) {
+            return Ok(());
+        }
+        let client = self.client().await?;
+        poll::until("the apiserver to be ready", async || {
+            let readyz = hyper::Request::get("/readyz").body(Vec::new())?;
+            client.request_text(readyz).await?;
+            let namespaces: Api<Namespace> = Api::all(client.clone());
+            Ok(namespaces.get_opt("default").await?.map(drop))
+        })
+        .await
+    }
+
     /// The pods of a namespace, as who may do anything sees them.
     pub async fn pods(&self, namespace: &str) -> Result<Pods> {
+        self.is_ready().await?;
+        Ok(Pods(Api::namespaced(self.client().await?, namespace)))
+    }
+
+    async fn client(&self) -> Result<Client> {
         let kubeconfig = Kubeconfig::from_yaml(&self.kubeconfig(Who::Admin)?)?;
         let options = KubeConfigOptions::default();
         let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
-        let client = Client::try_from(config)?;
-        Ok(Pods(Api::namespaced(client, namespace)))
+        Ok(Client::try_from(config)?)
     }
 
     /// Takes it away for a while: nobody listens, and who is connected is cut off. What it knows it knows again later.
