@@ -64,6 +64,8 @@ enum NotReady {
 /// A client with what is in `kubeconfig`, read now: certificates and tokens are replaced while the node runs.
 pub(crate) async fn client(kubeconfig: &Path) -> anyhow::Result<(Client, String)> {
     let doing = || format!("reading the kubeconfig {}", kubeconfig.display());
+    // Whose own error says so twice.
+    std::fs::metadata(kubeconfig).with_context(doing)?;
     let read = Kubeconfig::read_from(kubeconfig).with_context(doing)?;
     let mut config = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
         .await

@@ -2,6 +2,7 @@
 //!
 //! Four nodes serve all tests of this program. One restores lazily, one eagerly, on the third one there is one test at a
 //! time, and so on the fourth, which has images in memory. A container, a pod and an image are called as their test is.
+#![allow(clippy::print_stdout, reason = "tables tell how many cases they had")]
 
 mod ahead;
 mod api;

@@ -525,12 +525,10 @@ fn hostile_layers_are_refused_and_leave_nothing() {
     );
     let mut large = Header::new_gnu();
     large.set_path("large").unwrap();
-    (
-        large.set_mode(0),
-        large.set_uid(0),
-        large.set_gid(0),
-        large.set_mtime(0),
-    );
+    large.set_mode(0);
+    large.set_uid(0);
+    large.set_gid(0);
+    large.set_mtime(0);
     large.set_size(1 << 50);
     large.set_cksum();
     place.refuses(

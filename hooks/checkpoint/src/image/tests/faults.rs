@@ -400,9 +400,12 @@ impl Cases<'_> {
     }
 }
 
+/// The parts of each stream.
+type Streams = BTreeMap<String, Vec<u32>>;
+
 /// Where the stored bytes of each chunk lie in their pack, and which chunks make up each stream, as
 /// `docs/IMAGE_FORMAT.md` says it.
-fn index(bytes: &[u8]) -> (Vec<(u64, u64)>, BTreeMap<String, Vec<u32>>) {
+fn index(bytes: &[u8]) -> (Vec<(u64, u64)>, Streams) {
     let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
     let (chunks, streams) = (word(12) as usize, word(16));
     let rows = (0..chunks).map(|row| {
