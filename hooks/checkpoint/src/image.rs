@@ -8,6 +8,7 @@
 //!      …/origin.json                        where the rest of it is, while its packs are still coming in
 //!    <namespace>/<name>/.<generation>.lock  shared while somebody restores or reads from it; changed when a
 //!                                           container started from it
+//!    <namespace>/<name>/.<generation>.unsound  it was found damaged: no further generation is built on it
 //!    <namespace>/<name>/.<generation>.touches  what a restore of it asked for first: a hint, and no part of it
 //!    <namespace>/<name>/.last               the highest generation there ever was; written before an image has it
 //!    <namespace>/<name>/.warm.json          what became of those that containers made for others of their kind

@@ -19,7 +19,7 @@ use super::{
     reference,
 };
 use crate::{
-    chunks::{ChunkWriter, Compression, Digest, Key, PackId},
+    chunks::{ChunkError, ChunkWriter, Compression, Digest, Key, PackId},
     manifest::{
         CRIU_DIR, Encryption, FORMAT, Facts, FileEntry, INDEX_FILE, MANIFEST_DIGEST_FILE,
         MANIFEST_FILE, Manifest, Source, criu_path, declared_format, is_image_path, parse_json,
@@ -237,9 +237,14 @@ impl Order {
         };
         let image = (&request.namespace, &request.name);
         let base = store.base(place, image, key.as_ref());
+        let unsound = base.as_ref().map(|(_, generation)| {
+            store.unsound_path(&request.namespace, &request.name, *generation)
+        });
+        let base = base.map(|(base, _)| base);
         let chunks = ChunkWriter::new(&folder.dir, key.as_ref(), compression, base)?;
         Ok(Partial {
             chunks: chunks.up_to(most),
+            unsound,
             store,
             private,
             place,
@@ -279,6 +284,8 @@ pub struct Partial {
     key: Option<Key>,
     compression: Compression,
     chunks: ChunkWriter,
+    /// What says of the generation that it is built on that it is damaged.
+    unsound: Option<PathBuf>,
     /// Where CRIU writes what must not lie on the disk in clear.
     private: Option<Private>,
 }
@@ -337,7 +344,12 @@ impl Partial {
         for path in self.criu_files()? {
             files.extend(self.keep(&path)?);
         }
-        let (index, packs, stored) = self.chunks.finish(self.key.as_ref())?;
+        let finished = self.chunks.finish(self.key.as_ref());
+        if let (Err(ChunkError::Damaged { .. }), Some(unsound)) = (&finished, &self.unsound) {
+            // Or no image of this name could be made until somebody removes the one that is damaged.
+            let _ = write_file(unsound, b"", false);
+        }
+        let (index, packs, stored) = finished?;
         write_file(&dir.join(INDEX_FILE), &index, false)?;
         files.push(FileEntry {
             path: INDEX_FILE.to_owned(),

@@ -78,6 +78,7 @@ impl ImageStore {
         // First: what is left of an image whose removal was killed is found by its folder.
         let touches = self.touches_path(namespace, name, generation);
         remove(&touches)?;
+        remove(&self.unsound_path(namespace, name, generation))?;
         // Without its manifest it is no image: killed half-way, the rest is cleared as left over.
         let dirs: Vec<PathBuf> = Place::ALL
             .into_iter()

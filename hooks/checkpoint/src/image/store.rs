@@ -301,16 +301,19 @@ impl ImageStore {
         &self.root
     }
 
-    /// The newest generation in a place, whose chunks need not be stored there again; none where there is none that this
-    /// key opens. One that is damaged is nothing to build on.
+    /// The newest generation in a place, whose chunks need not be stored there again, and its number; none where there is
+    /// none that this key opens. One that is damaged, or was found to be, is nothing to build on.
     pub(super) fn base(
         &self,
         place: Place,
         image: (&Namespace, &ImageName),
         key: Option<&Key>,
-    ) -> Option<Base> {
+    ) -> Option<(Base, u64)> {
         let newest = self.generations_in(place, image.0, image.1).ok()?;
         let generation = newest.last().copied()?;
+        if self.unsound_path(image.0, image.1, generation).exists() {
+            return None;
+        }
         let lease = share(&self.lock_path(image.0, image.1, generation)).ok()??;
         let (dir, manifest, manifest_bytes) = self.in_place(place, image, generation)?.ok()?;
         let image = SealedImage {
@@ -326,11 +329,12 @@ impl ImageStore {
         image.require_whole().ok()?;
         image.check_manifest(key).ok()?;
         let index = image.index().ok()?;
-        Some(Base {
+        let base = Base {
             dir: image.dir,
             packs: image.manifest.packs,
             index,
-        })
+        };
+        Some((base, generation))
     }
 
     /// A folder for what is needed while this process lives, and whoever makes an image removes after it.
@@ -446,6 +450,17 @@ impl ImageStore {
         generation: u64,
     ) -> PathBuf {
         self.home_of(namespace, name).join(generation.to_string())
+    }
+
+    /// There when somebody has found it damaged who would have built on it.
+    pub(super) fn unsound_path(
+        &self,
+        namespace: &Namespace,
+        name: &ImageName,
+        generation: u64,
+    ) -> PathBuf {
+        self.home_of(namespace, name)
+            .join(format!(".{generation}.unsound"))
     }
 
     pub(super) fn touches_path(

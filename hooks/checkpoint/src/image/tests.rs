@@ -52,7 +52,7 @@ impl Making {
     pub(crate) fn make(&self, store: &ImageStore) -> SealedImage {
         let (namespace, name) = names();
         let request = store.begin(&namespace, &name, Source::default()).unwrap();
-        let made = self.fill(self.begin(store, &request));
+        let made = self.fill(self.begin(store, &request)).unwrap();
         let generation = made.generation();
         drop(made);
         let found = request.finish().unwrap();
@@ -60,7 +60,7 @@ impl Making {
         found
     }
 
-    fn fill(&self, partial: Partial) -> SealedImage {
+    fn fill(&self, partial: Partial) -> Result<SealedImage, ImageError> {
         folder(&partial.criu_dir());
         let none = Tasks::from_iter([]);
         take_pages(
@@ -73,7 +73,7 @@ impl Making {
         let mut upper = partial.chunks().stream(UPPER_FILE);
         upper.write_all(&upper_layer()).unwrap();
         upper.finish().unwrap();
-        partial.seal(Facts::default()).unwrap()
+        partial.seal(Facts::default())
     }
 }
 
@@ -744,6 +744,31 @@ fn what_the_killed_left_is_found_and_removed_and_what_somebody_holds_is_not() {
     assert!(!dead.exists() && partial.criu_dir().is_dir());
     assert_eq!(store.leftovers(true).unwrap(), Leftovers::default());
     assert_eq!(store.list(None).unwrap().len(), 1);
+}
+
+#[test]
+fn a_damaged_generation_fails_one_image_and_no_more() {
+    let root = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(root.path()).unwrap();
+    drop(make(&store));
+    let home = root.path().join("team-a/warm");
+    flip(&pack(&home.join("1")), 70_000, 1);
+    let (namespace, name) = names();
+    let request = store.begin(&namespace, &name, Source::default()).unwrap();
+    let making = Making::plain();
+    let refused = making.fill(making.begin(&store, &request)).unwrap_err();
+    assert!(
+        matches!(refused, ImageError::Chunk(ChunkError::Damaged { .. })),
+        "{refused}"
+    );
+    drop(request);
+    // What is stored anew is whole, and the next one is built on that again.
+    verify(&store, make(&store)).unwrap();
+    let third = make(&store);
+    assert_eq!(third.manifest().stored.written, 0);
+    verify(&store, third).unwrap();
+    store.remove(&namespace, &name, Some(1), false).unwrap();
+    assert!(names_in(&home).iter().all(|name| !name.contains("unsound")));
 }
 
 /// The newest one that is whole is meant by its name, and nobody is told of a manifest that cannot be read.

@@ -120,7 +120,7 @@ fn begin_of(store: &ImageStore, making: &Making, bytes: u64) -> (Request, Partia
 /// As [`Making::make`], with so many bytes that were expected.
 fn make_of(store: &ImageStore, making: &Making, bytes: u64) -> SealedImage {
     let (request, partial) = begin_of(store, making, bytes);
-    drop(making.fill(partial));
+    drop(making.fill(partial).unwrap());
     request.finish().unwrap()
 }
 
