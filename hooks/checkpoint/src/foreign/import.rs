@@ -19,7 +19,7 @@ use crate::{
         members::{Section, Source as _, Stream},
     },
     chunks::{CHUNK, ChunkWriter, Compression, Key, Room, Stream as Chunked},
-    criu_image::check_folder,
+    criu_image::{Pagemap, check_folder, pages_file},
     image::{ImageStore, Partial, SealedImage},
     layout::BlobDigest,
     manifest::{self, SHM_FILE, UPPER_FILE, Unknown, criu_path, is_image_path},
@@ -205,6 +205,7 @@ impl Archive {
         };
         let mut plans = Plans::new();
         for (path, _) in pagemaps(dir).map_err(refuse)? {
+            self.refuse_claims(&path)?;
             let plan = Plan::read(dir, &path).map_err(refuse)?;
             let pages = plan
                 .pages
@@ -226,6 +227,31 @@ impl Archive {
             plans.push((pages, plan));
         }
         Ok(plans)
+    }
+
+    /// Refuses a pagemap that claims more than the archive has: a plan of it would be as large as the claim.
+    fn refuse_claims(&self, path: &Path) -> Result<(), ForeignError> {
+        let page_size = rustix::param::page_size() as u64;
+        let mut map = Pagemap::open(path).map_err(|source| self.criu(source))?;
+        let name = pages_file(map.pages_id);
+        let found = self.criu.iter().find(|(other, _)| *other == name);
+        let held = found.map_or(0, |(_, extent)| extent.size);
+        let mut claimed = 0_u64;
+        while let Some(run) = map.next_run().map_err(|source| self.criu(source))? {
+            // Of one that is left behind nothing is there, and that is told by its plan.
+            if !run.present() && !run.left_behind() {
+                continue;
+            }
+            claimed = claimed.saturating_add(run.bytes(page_size));
+            if claimed > held {
+                let what = match found {
+                    Some(_) => format!("has {held} bytes, and its pagemap says {claimed} or more"),
+                    None => "is missing".to_owned(),
+                };
+                return Err(self.wrong(&name, what));
+            }
+        }
+        Ok(())
     }
 
     /// Pages, cut as those of any image.
