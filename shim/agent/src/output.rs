@@ -7,21 +7,21 @@
 
 use std::{
     env,
-    io::{IsTerminal as _, stderr, stdout},
+    io::{IsTerminal as _, Write as _, stderr, stdout},
     time::Duration,
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
-/// Prints one line on stdout.
+/// Prints one line on stdout. Nobody reading it any more (`| head`) stops nothing.
 pub(crate) fn line(text: impl AsRef<str>) {
-    println!("{}", text.as_ref());
+    let _ = writeln!(stdout(), "{}", text.as_ref());
 }
 
 /// Prints a value as one line of JSON on stdout.
 pub(crate) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string(value)?);
+    line(serde_json::to_string(value)?);
     Ok(())
 }
 

@@ -182,3 +182,24 @@ fn colours_are_for_terminals() {
         stdout(&output)
     );
 }
+
+/// As behind `| head`.
+#[test]
+fn nobody_reading_is_no_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.toml");
+    let root = folder.path().join("images");
+    fs::write(&config, format!("[images]\nroot = {root:?}\n")).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let ended = Command::new(env!("CARGO_BIN_EXE_rekindle"))
+        .args(["--config", config.to_str().unwrap(), "image", "ls"])
+        .env_remove("REKINDLE_LOG")
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert!(
+        ended.status.success() && ended.stderr.is_empty(),
+        "{ended:?}"
+    );
+}
