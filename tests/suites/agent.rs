@@ -538,10 +538,13 @@ enum Come {
 }
 
 impl Node {
-    fn come(&self, generation: u64) -> Come {
-        if self.listed("team-a").is_empty() {
+    fn come(&self) -> Come {
+        // Its number is not known: one that was killed may have taken some for nothing.
+        let found = self.listed("team-a");
+        let Some(generation) = found.last() else {
             return Come::Nothing;
-        }
+        };
+        assert_eq!(found.len(), 1, "it was begun twice");
         let folder = self.root("node").join(format!("team-a/warm/{generation}"));
         match folder.join(ORIGIN_FILE).exists() {
             true => Come::Begun,
@@ -578,7 +581,7 @@ fn a_fetch_is_killed_at_any_time() {
         fetch.kill().unwrap();
         let ended = fetch.wait().unwrap();
         kills += usize::from(!ended.success());
-        let come = node.come(2);
+        let come = node.come();
         assert_eq!(ended.success(), ended.success() && come == Come::All);
         let verified = image(&["verify", "team-a/warm"]);
         let said = String::from_utf8_lossy(&verified.stderr).into_owned();
@@ -606,7 +609,7 @@ fn a_fetch_is_killed_at_any_time() {
     let done = image(&["fetch", "team-a/warm"]);
     assert!(done.status.success(), "{done:?}");
     assert_eq!(node.partial(), 0);
-    assert_eq!(node.here("team-a"), [2]);
+    assert_eq!(node.here("team-a").len(), 1);
 }
 
 #[test]
