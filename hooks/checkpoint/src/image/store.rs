@@ -231,8 +231,15 @@ impl ImageStore {
         generation: u64,
     ) -> Option<Result<InFolder, ImageError>> {
         let dir = self.dir_in(place, (namespace, name), generation)?;
-        // One that has lost its manifest is none: it is being removed, or was when that was killed.
-        fs::symlink_metadata(dir.join(MANIFEST_FILE)).ok()?;
+        // One on the disk that has lost its manifest is none: it is being removed, or was when that was killed. What leaves
+        // memory leaves by rename: there it is a copy that has failed.
+        let there = match place {
+            Place::Disk => fs::symlink_metadata(dir.join(MANIFEST_FILE)).is_ok(),
+            Place::Memory => dir.is_dir(),
+        };
+        if !there {
+            return None;
+        }
         let image = || reference(namespace, name, Some(generation));
         let read = read_manifest(&dir).map_err(|source| ImageError::Manifest {
             image: image(),

@@ -22,6 +22,9 @@ use crate::{
 mod faults;
 mod memory;
 
+/// What stays of a name whose images are gone, so that a number never means another one.
+const NUMBER: [&str; 2] = [".last", ".last.lock"];
+
 pub(crate) fn names() -> (Namespace, ImageName) {
     ("team-a".parse().unwrap(), "warm".parse().unwrap())
 }
@@ -168,8 +171,10 @@ fn who_asks_for_an_image_hears_of_each_step() {
     let (namespace, name) = names();
     let mut request = store.begin(&namespace, &name, Source::default()).unwrap();
     assert!(request.steps().unwrap().is_empty());
-    let steps = store.partial_at(&request.dir()).unwrap().unwrap().steps();
-    let partial = Making::plain().begin(&store, &request);
+    let order = store.partial_at(&request.dir()).unwrap().unwrap();
+    let steps = order.steps();
+    let private = root.path().join("private");
+    let partial = order.begin(None, Compression::None, &private).unwrap();
     steps.begins("hold");
     steps.begins("dump");
     assert_eq!(request.steps().unwrap(), ["hold", "dump"]);
@@ -369,7 +374,7 @@ fn what_a_restore_notes_is_found_by_the_next_and_removed_with_the_image() {
     assert!(home.join(".1.touches").exists());
     store.remove(&namespace, &name, None, false).unwrap();
     let left = names_in(&home);
-    assert_eq!(left, [".last"]);
+    assert_eq!(left, NUMBER);
 }
 
 fn names_in(dir: &Path) -> Vec<String> {
@@ -658,11 +663,7 @@ fn what_is_shared_comes_free_with_the_last_that_has_it() {
     assert_eq!(store.evict(&held[0]).unwrap(), Evicted::Gone);
     assert_eq!(store.evict(&held[1]).unwrap(), Evicted::Freed(second.1));
     assert_eq!(store.inventory(None).unwrap(), []);
-    let left: Vec<_> = fs::read_dir(root.path().join("team-a/warm"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name())
-        .collect();
-    assert_eq!(left, [".last"]);
+    assert_eq!(names_in(&root.path().join("team-a/warm")), NUMBER);
 }
 
 #[test]
@@ -716,8 +717,7 @@ fn an_eviction_that_races_with_restores_takes_nothing_away() {
     }
     println!("the restore came first {won} times, and the eviction {lost} times");
     let home = root.path().join("team-a/warm");
-    let left = fs::read_dir(home).unwrap().map(|e| e.unwrap().file_name());
-    assert_eq!(left.collect::<Vec<_>>(), [".last"]);
+    assert_eq!(names_in(&home), NUMBER);
 }
 
 #[test]

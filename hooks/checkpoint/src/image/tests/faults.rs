@@ -570,7 +570,7 @@ impl<'a> Harmed<'a> {
         assert!(!self.store.list(None).unwrap().is_empty());
         self.store.inventory(None).unwrap();
         self.store.remove(&namespace, &name, None, false).unwrap();
-        assert_eq!(names_in(&self.store.home_of(&namespace, &name)), [".last"]);
+        assert_eq!(names_in(&self.store.home_of(&namespace, &name)), NUMBER);
     }
 }
 
