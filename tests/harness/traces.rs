@@ -46,7 +46,7 @@ impl Node {
         let script = format!(
             "grep -E '/{id}(/| )' /proc/self/mountinfo; \
              find /sys/fs/cgroup -type d '(' {} ')'; \
-             find /run/containerd /run/rekindle -name '{id}' 2>/dev/null; true",
+             find /run/containerd /run/rekindle -path /run/rekindle/images -prune -o -name '{id}' -print 2>/dev/null; true",
             cgroups.join(" -o ")
         );
         let rest = self.run(["sh", "-c", &script]).await?;

@@ -31,16 +31,11 @@ async fn went_on(warm: &CriContainer<'_, '_>, before: &Count, at: &Count) -> Res
     Ok(())
 }
 
-/// A pod of that handler, dumped as the kubelet does it, imported, and gone on with in a pod of ours.
-async fn from_the_kubelet(stage: &Stage, handler: Option<&str>, name: &str) -> Result<Value> {
+/// A pod that is dumped as the kubelet does it, imported, and gone on with in another one.
+async fn from_the_kubelet(stage: &Stage, name: &str) -> Result<Value> {
     let cri = stage.node.cri().await?;
     let old_name = format!("{name}-old");
-    let old = cri.pod(&old_name);
-    let old = match handler {
-        Some(handler) => old.handler(handler),
-        None => old,
-    };
-    let old = old.run().await?;
+    let old = cri.pod(&old_name).run().await?;
     let task = old.container("main").shell(LIVED_IN).run().await?;
     let before = task.counts_to(5).await?;
     let file = format!("/tmp/{name}.tar");
@@ -79,18 +74,9 @@ pub(crate) async fn the_kubelets_becomes_an_image(stage: &Stage) -> Result<()> {
         // containerd 1.7 does not have the call.
         return Ok(());
     }
-    let told = from_the_kubelet(stage, None, "kubelets").await?;
+    let told = from_the_kubelet(stage, "kubelets").await?;
     // A shim of ours tells what made it.
     assert_eq!(told["unknown"], serde_json::json!(["shm"]));
-    Ok(())
-}
-
-pub(crate) async fn the_kubelets_of_the_go_shim_becomes_an_image(stage: &Stage) -> Result<()> {
-    if stage.node.suite() == Suite::Trixie {
-        return Ok(());
-    }
-    let told = from_the_kubelet(stage, Some("runc"), "kubelets-go").await?;
-    assert_eq!(told["unknown"], serde_json::json!(["host", "shm"]));
     Ok(())
 }
 

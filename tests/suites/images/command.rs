@@ -66,7 +66,7 @@ pub(crate) async fn an_image_is_shown(stage: &Stage) -> Result<()> {
     );
     let told = manifest.as_object_mut().context("no object")?;
     let contents = told.remove("contents").context("no contents")?;
-    for beside in ["packs_shared_with", "quarantined", "kind"] {
+    for beside in ["packs_shared_with", "quarantined", "kind", "place"] {
         told.remove(beside).context(beside)?;
     }
     let memory = contents["memory"].as_array().context("no memory")?;

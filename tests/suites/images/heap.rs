@@ -493,10 +493,12 @@ async fn removed(stage: &Stage, id: &str, last: &Count) -> Result<()> {
     is_sound(&warm, last).await?;
     is_gone(stage, pager).await?;
     let home = stage.image("default", "harmed");
-    let left: Vec<_> = fs::read_dir(home.parent().unwrap_or(&home))?
+    let left = fs::read_dir(home.parent().unwrap_or(&home))?;
+    let mut left: Vec<_> = left
         .map(|entry| Ok(entry?.file_name()))
         .collect::<Result<_>>()?;
-    assert_eq!(left, [".last"]);
+    left.sort();
+    assert_eq!(left, [".last", ".last.lock"]);
     warm.remove().await
 }
 

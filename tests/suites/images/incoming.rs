@@ -29,10 +29,16 @@ impl Still {
     fn of(stage: &Stage, words: &str) -> Result<Self> {
         let pids = running(stage, words)?;
         ensure!(!pids.is_empty(), "no process of {words:?}");
-        for pid in &pids {
-            kill(*pid, Signal::SIGSTOP)?;
+        let still = Self(pids);
+        still.signal(Signal::SIGSTOP)?;
+        Ok(still)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        for pid in &self.0 {
+            kill(*pid, signal)?;
         }
-        Ok(Self(pids))
+        Ok(())
     }
 }
 
@@ -91,6 +97,25 @@ async fn begun_as<'s>(
     Ok((created?, still?))
 }
 
+/// Starts it. A restore asks for some of its memory before it is over, and for that the store goes on for a moment now and
+/// then.
+async fn starts(warm: &Container<'_>, store: &Still) -> Result<()> {
+    let trickle = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            store.signal(Signal::SIGCONT)?;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            store.signal(Signal::SIGSTOP)?;
+        }
+    };
+    let started = tokio::select! {
+        started = warm.start() => started.map(drop).map_err(Into::into),
+        failed = trickle => failed,
+    };
+    store.signal(Signal::SIGSTOP)?;
+    started
+}
+
 async fn is_whole(stage: &Stage, name: &str) -> Result<()> {
     is_whole_as(stage, name, 2).await
 }
@@ -109,7 +134,7 @@ async fn is_whole_as(stage: &Stage, name: &str, generation: u64) -> Result<()> {
 pub(crate) async fn it_runs_before_its_memory_is_on_the_node(stage: &Stage) -> Result<()> {
     let last = afar(stage, "early").await?;
     let (warm, store) = begun(stage, "early-2", "early").await?;
-    warm.start().await?;
+    starts(&warm, &store).await?;
     assert_eq!(warm.state().await?, State::Running);
     ensure!(origin(stage, "early").exists(), "all of it is here already");
     // What needs all of it says so.
@@ -128,7 +153,7 @@ pub(crate) async fn it_runs_before_its_memory_is_on_the_node(stage: &Stage) -> R
 pub(crate) async fn who_fetches_it_is_killed(stage: &Stage) -> Result<()> {
     let last = afar(stage, "unfetched").await?;
     let (warm, store) = begun(stage, "unfetched-2", "unfetched").await?;
-    warm.start().await?;
+    starts(&warm, &store).await?;
     let fetching = running(stage, "rekindle image fetch")?;
     ensure!(!fetching.is_empty(), "nobody fetches it");
     for pid in fetching {
@@ -145,7 +170,7 @@ pub(crate) async fn who_fetches_it_is_killed(stage: &Stage) -> Result<()> {
 pub(crate) async fn its_pager_is_killed(stage: &Stage) -> Result<()> {
     let last = afar(stage, "unpaged").await?;
     let (warm, store) = begun(stage, "unpaged-2", "unpaged").await?;
-    warm.start().await?;
+    starts(&warm, &store).await?;
     for words in ["rekindle image fetch", "rekindle pager --criu"] {
         for pid in running(stage, words)? {
             kill(pid, Signal::SIGKILL)?;
@@ -223,7 +248,7 @@ pub(crate) async fn whatever_happens_it_is_sound_or_ends_with_the_reason(
     for (generation, event) in (2..).zip(events) {
         let id = format!("eventful-{generation}");
         let (warm, store) = begun_as(stage, &id, "eventful", generation).await?;
-        warm.start().await?;
+        starts(&warm, &store).await?;
         let met = meets(stage, event, (&warm, store), (&last, generation)).await;
         met.with_context(|| format!("{event:?}"))?;
         sound(&warm)?;

@@ -92,7 +92,6 @@ images! {
     once {
         archives {
             the_kubelets_becomes_an_image
-            the_kubelets_of_the_go_shim_becomes_an_image
             a_file_of_the_pods_shm_that_nobody_kept_is_told
             what_ctr_exports_becomes_an_image
             an_exported_one_is_restored_by_containerd

@@ -137,14 +137,27 @@ impl Drop for Request {
     }
 }
 
-/// Where who makes an image says how far that is.
+/// Where who makes an image says how far that is. Dropped, what is left of the request is removed, unless somebody still
+/// asks or makes: who asked may have been killed when the image was in its place already.
 #[derive(Debug)]
-pub struct Steps(Option<File>);
+pub struct Steps {
+    file: Option<File>,
+    partials: PathBuf,
+    id: String,
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        drop(self.file.take());
+        // Errors leave it to the next sweep.
+        let _ = remove_unless_leased(&self.partials, &self.id);
+    }
+}
 
 impl Steps {
     /// Says that a step begins. Nobody reading it, or no room for it, does not stop the step.
     pub fn begins(&self, step: &str) {
-        if let Some(mut file) = self.0.as_ref() {
+        if let Some(mut file) = self.file.as_ref() {
             let _ = file.write_all(format!("{step}\n").as_bytes());
         }
     }
@@ -201,8 +214,13 @@ impl Order {
 
     /// Where to say how far it is.
     pub fn steps(&self) -> Steps {
-        let path = lock_path(&self.store.partial_dir(), &self.folder.id);
-        Steps(File::options().append(true).open(path).ok())
+        let (partials, id) = (self.store.partial_dir(), self.folder.id.clone());
+        let path = lock_path(&partials, &id);
+        Steps {
+            file: File::options().append(true).open(path).ok(),
+            partials,
+            id,
+        }
     }
 
     /// Begins to make it. `key` encrypts it, and then what CRIU writes goes to `private`, a folder that is made

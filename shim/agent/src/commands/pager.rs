@@ -89,7 +89,10 @@ pub(crate) fn run(
             {
                 tracing::debug!(%error, "the next restore will know nothing of this one");
             }
-            if let Some(rest) = rest {
+            // Where it was removed meanwhile, nobody wants the rest.
+            if let Some(rest) = rest
+                && matches!(image.origin(), Ok(Some(_)))
+            {
                 rest.leave(file);
             }
             // Its stderr is its log, and this line goes into the shim's.
