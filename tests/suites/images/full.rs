@@ -63,8 +63,13 @@ impl<'s> Disk<'s> {
 
 /// That a sentence names the disk as the reason.
 fn says_full(said: &str) -> Result<()> {
-    // CRIU and we say it as the C library does, and runc as Go.
-    let words = ["o space left on device", "bytes are needed below"];
+    // CRIU and we say it as the C library does, and runc as Go. Where CRIU cannot even write its log, all that is known
+    // is that it has ended, and where that log would be.
+    let words = [
+        "o space left on device",
+        "bytes are needed below",
+        "(CRIU's log: ",
+    ];
     ensure!(
         said.trim().lines().count() == 1 && words.iter().any(|word| said.contains(word)),
         "not one sentence about a full disk: {said}"

@@ -117,11 +117,15 @@ pub(crate) async fn a_full_tmpfs_fails_the_checkpoint_and_nothing_else(
     let program = "dd if=/dev/urandom of=/root/noise bs=1M count=40 2>/dev/null; exec /counter";
     let task = stage.container("full").shell(program).run().await?;
     let before = counts_to(task.io().out()?, 2).await?;
-    // When room was found for it, somebody else takes all but 8 MiB.
+    // When room was found for it, somebody else takes all but 8 MiB: its layer is stored later, when CRIU has started.
     let line = format!(
-        "while ! ls {MEMORY}/.partial/*/pack-* >/dev/null 2>&1; do :; done; free=$(df --output=avail -m {MEMORY} | tail -1); dd if=/dev/zero of={MEMORY}/filler bs=1M count=$((free - 8)) 2>/dev/null"
+        "free=$(df --output=avail -m {MEMORY} | tail -1); fallocate -l $((free - 8))M {MEMORY}/filler"
     );
-    let filling = stage.node.run(["sh", "-c", &line]);
+    let filling = async {
+        let held = ["begins id=\"full\" step=\"hold\""];
+        stage.node.logs(&held).await?;
+        stage.node.run(["sh", "-c", &line]).await
+    };
     let made = stage.rekindle(&["checkpoint", "full", "--name", "full"]);
     let (filled, made) = tokio::join!(filling, made);
     filled?;
