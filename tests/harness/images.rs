@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use tar::{Builder, EntryType, Header};
 
 /// An image in the cache: its name for containerd, its archive, and the digest of its one layer.
@@ -116,6 +117,9 @@ fn archive(
     let short = name.trim_start_matches("localhost/").replace(':', "-");
     let archive = folder.join(format!("{short}-{}.tar", &key[..12]));
     let noted = archive.with_extension("layer");
+    // Two tests of a program may want it at once, and one makes it.
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     if let (true, Ok(layer)) = (archive.exists(), fs::read_to_string(&noted)) {
         return Ok(Image {
             name: name.into(),

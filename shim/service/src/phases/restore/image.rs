@@ -29,9 +29,9 @@ use crate::{
 /// In the bundle: CRIU's files of the image.
 const IMAGE: &str = "criu-image";
 
-/// Up to so many bytes of memory a container goes on sooner when they are all read before it runs: a pager is a process that
-/// has to start. Measured: `make bench ARGS="small"`, see docs/BENCHMARKS.md.
-const SOONER_EAGERLY: u64 = 16 << 20;
+/// Up to so many bytes of memory a container goes on no later when they are all read before it runs, and then no pager has
+/// to start. Measured: `make bench ARGS="small"`, see docs/BENCHMARKS.md.
+const SOONER_EAGERLY: u64 = 4 << 20;
 
 /// Before its time is over a wait for an image ends with how far that came.
 const TELLING: Duration = Duration::from_millis(200);
