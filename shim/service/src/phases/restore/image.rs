@@ -90,7 +90,7 @@ async fn fitting(
         }
         tracing::warn!(id = fixed.id, %misfit, "restoring all the same: restore-force is host");
     }
-    let lazily = lazily && !(small && fixed.shared.node.restore.paging == Paging::Auto);
+    let lazily = lazily && !small;
     let image = match lazily {
         true => image,
         false => step(&fixed.id, "read pages", eagerly(fixed, image)).await?,
@@ -103,7 +103,7 @@ struct Verified {
     image: VerifiedImage,
     /// What CRIU would give its tasks.
     tasks: Vec<Task>,
-    /// Whether its container goes on sooner when all of its memory is read before.
+    /// Whether all of its memory is to be read before its container runs, where nobody has said how it comes in.
     small: bool,
 }
 
@@ -152,6 +152,7 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan, until: Instant) -> Result<V
         keys::require_memory(&fixed.bundle).map_err(cannot)?;
     }
     let into = fixed.bundle.join(IMAGE);
+    let auto = fixed.shared.node.restore.paging == Paging::Auto;
     let verified = blocking(move || {
         if let Err(e) = sealed.mark_used() {
             tracing::warn!("the image counts as not used: {}", sentence(&e));
@@ -159,7 +160,7 @@ async fn verified(fixed: &Fixed, plan: &RestorePlan, until: Instant) -> Result<V
         let whole = sealed.origin()?.is_none();
         let image = sealed.verify_begun(&into, key.as_ref())?;
         let tasks = image.tasks()?;
-        let small = whole && image.lazy_bytes()? <= SOONER_EAGERLY;
+        let small = auto && whole && image.lazy_bytes()? <= SOONER_EAGERLY;
         Ok::<_, ImageError>(Verified {
             image,
             tasks,
