@@ -147,11 +147,13 @@ impl CriuConfig {
         let mut text = self.base.clone();
         text.push('\n');
         // What every PyTorch process has: deleted semaphores (link-remap), connections, locks, sockets to
-        // the outside. Allowing them costs nothing where there are none.
+        // the outside. Allowing them costs nothing where there are none. And any server may have a connection that it
+        // has not taken yet (skip-in-flight), as when a probe has just come: the image is without it, and who goes on
+        // running still has it.
         let _ = match purpose {
             Purpose::Dump(extra) => writeln!(
                 text,
-                "link-remap\ntcp-established\next-unix-sk\nfile-locks\n{extra}"
+                "link-remap\ntcp-established\nskip-in-flight\next-unix-sk\nfile-locks\n{extra}"
             ),
             // The connections' address may belong to another pod by now: unless the caller asked for
             // open connections to be kept, they come back closed and the program sees a reset.
