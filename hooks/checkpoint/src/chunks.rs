@@ -39,7 +39,7 @@ pub use compare::{Common, Composition};
 pub use incoming::{Remote, RemoteError};
 pub use index::{Index, MAX_INDEX};
 pub use reader::{Chunks, StreamReader};
-pub use writer::{Base, ChunkWriter, Room, Stored, StreamWriter};
+pub use writer::{Base, ChunkWriter, Full, Room, Stored, StreamWriter};
 
 /// Most bytes of a chunk, and what they are aligned to in the address space of a process.
 ///

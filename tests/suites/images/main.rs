@@ -108,6 +108,7 @@ images! {
             programs_that_start_others_all_the_time
         }
         pods {
+            a_connection_that_nobody_has_taken_yet_is_no_hindrance
             an_exported_image_serves_another_namespace
             another_namespaces_image_is_refused_at_the_sandbox
             a_refused_image_fails_the_start_with_its_reason
@@ -225,7 +226,7 @@ images! {
             it_is_made_in_memory_settles_and_outlives_a_restart
             one_that_never_settled_is_gone_and_its_number_too
             what_does_not_fit_is_made_on_the_disk
-            a_full_tmpfs_fails_the_checkpoint_and_nothing_else
+            what_turns_out_not_to_fit_is_made_once_more_on_the_disk
             the_shim_is_killed_in_each_step
             damage_in_memory_is_made_up_for_by_the_disk
         }

@@ -7,7 +7,10 @@ use std::{
     mem,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use rustix::fs::FallocateFlags;
@@ -63,7 +66,26 @@ pub struct ChunkWriter {
     base: HashMap<Digest, Chunk>,
     /// Most bytes of the own pack.
     most: u64,
+    full: Full,
     state: Mutex<State>,
+}
+
+/// Whether the place where chunks are stored has turned out to be too small for them. Outlives their writer.
+#[derive(Debug, Clone, Default)]
+pub struct Full(Arc<AtomicBool>);
+
+impl Full {
+    /// Whether a chunk found no room.
+    pub fn is(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn note(&self, error: io::Error) -> io::Error {
+        if error.kind() == io::ErrorKind::StorageFull {
+            self.0.store(true, Ordering::Relaxed);
+        }
+        error
+    }
 }
 
 #[derive(Debug, Default)]
@@ -111,6 +133,7 @@ impl ChunkWriter {
             compression,
             base: HashMap::new(),
             most: u64::MAX,
+            full: Full::default(),
             state: Mutex::default(),
         };
         if let Some(base) = base {
@@ -124,6 +147,11 @@ impl ChunkWriter {
     #[must_use]
     pub fn up_to(self, most: u64) -> Self {
         Self { most, ..self }
+    }
+
+    /// What tells afterwards whether there was room.
+    pub fn full(&self) -> Full {
+        self.full.clone()
     }
 
     /// Links the packs of `base` of which it needs at least half, and remembers what is in them. The others
@@ -185,7 +213,7 @@ impl ChunkWriter {
             }
             let offset = state.end;
             if offset.saturating_add(stored as u64) > self.most {
-                let full = io::ErrorKind::StorageFull.into();
+                let full = self.full.note(io::ErrorKind::StorageFull.into());
                 return Err(ChunkError::io("write", &self.path)(full));
             }
             state.end += stored as u64;
@@ -209,6 +237,7 @@ impl ChunkWriter {
             None => encoded,
         };
         let written = self.file.write_all_at(bytes, offset);
+        let written = written.map_err(|error| self.full.note(error));
         written.map_err(ChunkError::io("write", &self.path))?;
         Ok(Part::Chunk(row))
     }

@@ -13,7 +13,7 @@ use rekindle_store::{Lock, remove_tree};
 use super::ImageError;
 use crate::manifest::is_image_path;
 
-/// The partial folder, removed when this is dropped, unless it was published.
+/// The partial folder, removed when this is dropped, unless it was published or is left to others.
 #[derive(Debug)]
 pub(super) struct Folder {
     pub(super) partials: PathBuf,
@@ -21,6 +21,7 @@ pub(super) struct Folder {
     pub(super) dir: PathBuf,
     lease: Option<Lock>,
     pub(super) published: bool,
+    theirs: bool,
 }
 
 impl Folder {
@@ -33,13 +34,20 @@ impl Folder {
             dir: partials.join(id),
             lease: Some(lease),
             published: false,
+            theirs: false,
         }))
+    }
+
+    /// Removed by whoever holds it last.
+    pub(super) fn left_to_others(mut self) -> Self {
+        self.theirs = true;
+        self
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.published && !self.theirs {
             // Errors leave it to the next sweep.
             let _ = remove_tree(&self.dir);
         }

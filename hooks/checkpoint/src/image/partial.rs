@@ -243,7 +243,8 @@ impl Order {
             ..
         } = self;
         let (place, folder, most, asked) = match made_in {
-            Some((memory, most)) => (Place::Memory, memory, most, Some(folder)),
+            // The request stays: it may be asked for once more, on the disk.
+            Some((memory, most)) => (Place::Memory, memory, most, Some(folder.left_to_others())),
             None => (Place::Disk, folder, u64::MAX, None),
         };
         let private = match key {
@@ -296,7 +297,7 @@ pub struct Partial {
     place: Place,
     /// Where its bytes go.
     folder: Folder,
-    /// Where it was asked for, when that is another place. Removed with this.
+    /// Where it was asked for, when that is another place.
     _asked: Option<Folder>,
     request: RequestFile,
     key: Option<Key>,

@@ -15,8 +15,15 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    Facts, ImageStore, Order, Partial, fit::container_facts, gpu, image::bytes_below,
-    manifest::DumpFlags, pages::Tasks, plain,
+    Facts, ImageStore, Order, Partial,
+    chunks::Full,
+    fit::container_facts,
+    gpu,
+    image::{Place, bytes_below},
+    manifest::DumpFlags,
+    pages::Tasks,
+    plain,
+    precopy::Precopy,
 };
 
 use rekindle_core::step::CheckpointStep as Step;
@@ -53,66 +60,121 @@ pub(crate) async fn run(
         .unwrap_or_else(|| fixed.bundle.join("criu-work"));
     fs::create_dir_all(&work).map_err(Error::file("creating", &work))?;
 
-    // With exit they stay frozen until their end: what they did after the dump would be in nobody's image.
-    let held = state == State::Running;
-    let release = held && !request.exit;
-    let order = step(id, Step::Where, destination(fixed, request)).await?;
-    let steps = Steps {
-        id,
-        told: order.as_ref().map(Order::steps),
+    let call = Call {
+        fixed,
+        request,
+        pid,
+        held: state == State::Running,
+        spec,
+        facts,
+        work: &work,
+        until,
     };
-    let destination = match order {
-        Some(order) => {
-            refuse_image(fixed, &spec)?;
-            let partial = steps
-                .run(Step::Begin, begin(fixed, order, pid, &spec))
-                .await?;
-            Some(match held && fixed.shared.node.images.precopy {
-                true => {
-                    let precopy = precopy::run(fixed, pid, partial, until);
-                    steps.run(Step::Precopy, precopy).await?
-                }
-                false => (partial, None),
-            })
-        }
-        None => None,
-    };
-    if held {
-        if let Err(error) = steps.run(Step::Hold, hold::hold(fixed, pid)).await {
-            // It may be frozen, or half of it.
-            thaw(fixed).await;
-            return Err(error);
-        }
-    } else {
-        hold::require_dumpable(fixed, pid)?;
+    let mut memory = Full::default();
+    let mut made = call.make(Some(&mut memory)).await;
+    if let (Err(error), true) = (&made, memory.is()) {
+        // They have written more than there was, or somebody else has filled the tmpfs.
+        let error = sentence(error);
+        tracing::info!(id, error, "made once more, on the disk");
+        made = call.make(None).await;
     }
-    let made = match destination {
-        Some((partial, precopy)) => {
-            let job = window::Job {
-                init: pid,
-                spec: &spec,
-                partial,
-                precopy,
-                work: &work,
-                until,
-            };
-            sealed(fixed, job, facts, release, &steps).await
-        }
-        None => plainly(fixed, request, &facts, &work, release).await,
-    };
     if let Err(error) = made {
-        if held {
-            thaw(fixed).await;
-        }
         return Err(failed(fixed, &work, error).await);
     }
     if request.work.is_none() {
         let _ = fs::remove_dir_all(&work);
     }
-    if request.exit {
-        steps.run(Step::Kill, kill(fixed)).await?;
-    }
     Ok(())
+}
+
+/// A call that was not refused.
+struct Call<'a> {
+    fixed: &'a Arc<Fixed>,
+    request: &'a CheckpointRequest,
+    /// The container's init.
+    pid: i32,
+    /// Whether the tasks are stopped for it. Those of a container that its user has paused are left as they are.
+    held: bool,
+    spec: Spec,
+    facts: Facts,
+    work: &'a Path,
+    until: Instant,
+}
+
+impl Call<'_> {
+    /// Makes what is asked for, or leaves the tasks as they were. With `memory`, an image of ours may be made there, and
+    /// that tells whether it was too much.
+    async fn make(&self, memory: Option<&mut Full>) -> Result<(), Error> {
+        let Self { fixed, request, .. } = self;
+        let order = step(&fixed.id, Step::Where, destination(fixed, request)).await?;
+        let steps = Steps {
+            id: &fixed.id,
+            told: order.as_ref().map(Order::steps),
+        };
+        let destination = match order {
+            Some(order) => Some(self.begin(order, memory, &steps).await?),
+            None => None,
+        };
+        if !self.held {
+            hold::require_dumpable(fixed, self.pid)?;
+        } else if let Err(error) = steps.run(Step::Hold, hold::hold(fixed, self.pid)).await {
+            // It may be frozen, or half of it.
+            thaw(fixed).await;
+            return Err(error);
+        }
+        // With exit they stay frozen until their end: what they did after the dump would be in nobody's image.
+        let release = self.held && !request.exit;
+        let made = match destination {
+            Some((partial, precopy)) => {
+                let job = window::Job {
+                    init: self.pid,
+                    spec: &self.spec,
+                    partial,
+                    precopy,
+                    work: self.work,
+                    until: self.until,
+                };
+                sealed(fixed, job, self.facts.clone(), release, &steps).await
+            }
+            None => plainly(fixed, request, &self.facts, self.work, release).await,
+        };
+        if made.is_err() && self.held {
+            thaw(fixed).await;
+        }
+        made?;
+        if request.exit {
+            steps.run(Step::Kill, kill(fixed)).await?;
+        }
+        Ok(())
+    }
+
+    /// All of an image that is made before the tasks are stopped.
+    async fn begin(
+        &self,
+        order: Order,
+        memory: Option<&mut Full>,
+        steps: &Steps<'_>,
+    ) -> Result<(Partial, Option<Precopy>), Error> {
+        let Self {
+            fixed, pid, spec, ..
+        } = self;
+        refuse_image(fixed, spec)?;
+        let expected = match memory {
+            Some(_) => expected(fixed, *pid, spec).await,
+            None => None,
+        };
+        let partial = steps
+            .run(Step::Begin, begin(fixed, order, expected))
+            .await?;
+        if let (Some(memory), Place::Memory) = (memory, partial.place()) {
+            *memory = partial.chunks().full();
+        }
+        if !self.held || !fixed.shared.node.images.precopy {
+            return Ok((partial, None));
+        }
+        let precopy = precopy::run(fixed, *pid, partial, self.until);
+        steps.run(Step::Precopy, precopy).await
+    }
 }
 
 /// The steps of a checkpoint, of which whoever asked for the image hears, too.
@@ -212,8 +274,9 @@ async fn destination(fixed: &Fixed, request: &CheckpointRequest) -> Result<Optio
     Ok(Some(order))
 }
 
-/// Makes what the image is written into; all that takes time of it, before the tasks are stopped.
-async fn begin(fixed: &Fixed, order: Order, init: i32, spec: &Spec) -> Result<Partial, Error> {
+/// Makes what the image is written into, in memory where it is expected to fit; all that takes time of it, before the
+/// tasks are stopped.
+async fn begin(fixed: &Fixed, order: Order, expected: Option<u64>) -> Result<Partial, Error> {
     let cannot = |reason: String| PhaseError::CannotCheckpoint {
         id: fixed.id.clone(),
         reason,
@@ -226,7 +289,7 @@ async fn begin(fixed: &Fixed, order: Order, init: i32, spec: &Spec) -> Result<Pa
         keys::require_memory(&fixed.bundle).map_err(cannot)?;
     }
     let compression = fixed.shared.node.images.compression;
-    let order = match expected(fixed, init, spec).await {
+    let order = match expected {
         Some(bytes) => order.expecting(bytes),
         None => order,
     };
