@@ -309,6 +309,15 @@ struct LayoutVersion {
 }
 
 impl Layout {
+    /// How many requests may be on their way at once; one of a folder.
+    pub fn requests(&self) -> usize {
+        #[cfg(feature = "s3")]
+        if let Some(away) = self.away() {
+            return away.requests();
+        }
+        1
+    }
+
     /// Opens one.
     ///
     /// # Errors

@@ -42,10 +42,12 @@ use rustix::net::Shutdown;
 
 use crate::StagedImage;
 
+mod first;
 pub(crate) mod protocol;
 mod relay;
 mod serve;
 
+pub(crate) use first::first_parts;
 pub use serve::{ServeError, Served, serve};
 
 /// What a pager's process exits with when CRIU ended its restore before it was finished: the trouble is

@@ -12,7 +12,7 @@ use std::{
 /// Threads that move or checksum bytes: half of the processors, at least two and at most eight. Two reach 2.3 GB/s from
 /// one memory to another on two cores, which is more than fresh pages and most disks take; more than half would take
 /// the node's other containers theirs.
-fn threads() -> usize {
+pub(crate) fn threads() -> usize {
     let processors = thread::available_parallelism().map_or(1, NonZero::get);
     (processors / 2).clamp(2, 8)
 }
@@ -29,18 +29,45 @@ pub(crate) fn in_parallel<T: Send, E: Send>(
     count: usize,
     work: impl Fn(usize, &mut [u8]) -> Result<T, E> + Sync,
 ) -> Result<Vec<T>, E> {
+    by(
+        threads(),
+        count,
+        || vec![0; BUFFER],
+        |index, buffer| work(index, buffer),
+    )
+}
+
+/// The same by so many threads, which wait more than they work.
+///
+/// # Errors
+/// As [`in_parallel`].
+pub(crate) fn at_once<T: Send, E: Send>(
+    threads: usize,
+    count: usize,
+    work: impl Fn(usize) -> Result<T, E> + Sync,
+) -> Result<Vec<T>, E> {
+    by(threads, count, || (), |index, ()| work(index))
+}
+
+/// `own` is what each thread has for itself.
+fn by<O, T: Send, E: Send>(
+    threads: usize,
+    count: usize,
+    own: impl Fn() -> O + Sync,
+    work: impl Fn(usize, &mut O) -> Result<T, E> + Sync,
+) -> Result<Vec<T>, E> {
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let results = Mutex::new(Vec::with_capacity(count));
     let failure = Mutex::new(None);
     let thread = || {
-        let mut buffer = vec![0; BUFFER];
+        let mut own = own();
         while !stop.load(Ordering::Relaxed) {
             let index = next.fetch_add(1, Ordering::Relaxed);
             if index >= count {
                 return;
             }
-            match work(index, &mut buffer) {
+            match work(index, &mut own) {
                 Ok(result) => lock(&results).push((index, result)),
                 Err(e) => {
                     stop.store(true, Ordering::Relaxed);
@@ -50,7 +77,7 @@ pub(crate) fn in_parallel<T: Send, E: Send>(
         }
     };
     thread::scope(|scope| {
-        for _ in 1..threads().min(count) {
+        for _ in 1..threads.min(count) {
             scope.spawn(thread);
         }
         thread();

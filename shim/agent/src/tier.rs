@@ -1,7 +1,12 @@
 //! Where images have copies, as `[[images.tier]]` names it.
 
 use anyhow::Context as _;
-use rekindle_checkpoint::{SealedImage, image::Source, layout::Layout};
+use rekindle_checkpoint::{
+    SealedImage,
+    image::{Origin, Source},
+    layout::Layout,
+    touches::Touch,
+};
 use rekindle_core::{
     config::{NodeConfig, Tier},
     name::Namespace,
@@ -51,6 +56,18 @@ pub(crate) fn rest_of(config: &NodeConfig, image: &SealedImage) -> anyhow::Resul
     }))
 }
 
+/// Has other nodes know what a restore of an image has asked for first, where it came from. Blocks.
+pub(crate) fn put_note(
+    config: &NodeConfig,
+    origin: &Origin,
+    image: &SealedImage,
+    touches: &[Touch],
+) -> anyhow::Result<()> {
+    let namespace = &image.manifest().namespace;
+    let layout = at(config, &origin.tier.parse()?, Some(namespace))?;
+    Ok(layout.put_note(image, touches)?)
+}
+
 /// Refuses a place that is no tier of a namespace.
 pub(crate) fn admit(
     config: &NodeConfig,
@@ -72,8 +89,8 @@ fn refused(place: &ImagePlace, namespace: Option<&Namespace>) -> Failure {
     ))
 }
 
-/// The layout of a place, with the access of its tier.
-fn open(
+/// The layout of a place, with the access of its tier. Blocks.
+pub(crate) fn open(
     config: &NodeConfig,
     tier: &Tier,
     place: &ImagePlace,

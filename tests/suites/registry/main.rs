@@ -10,6 +10,7 @@ use std::{fs, process::Command};
 use rekindle_checkpoint::{
     Key,
     layout::{Layout, LayoutError, Proof},
+    touches::Touch,
 };
 
 use nodes::{MIB, Nodes, bytes, chain, names};
@@ -53,6 +54,28 @@ fn an_image_travels_and_has_one_tag() {
     assert!(refused.to_string().contains(&tag), "{refused}");
     let other = nodes.layout_with(&Default::default(), &nodes.address.to_string());
     assert_eq!(other.listed().unwrap().len(), 2);
+}
+
+/// As an artifact of its own, which is no image to anybody.
+#[test]
+fn what_restores_have_asked_for_first_travels() {
+    let nodes = Nodes::new();
+    let registry = nodes.layout(nodes.address);
+    let touches = [(3, 0x7000_0000_0000), (1, 0x10_0000)].map(|(pid, at)| Touch::at(pid, at));
+    let image = nodes.make(None, 1, MIB);
+    image.note_touches(&touches).unwrap();
+    nodes.push(&registry, &image).unwrap();
+    assert_eq!(nodes.tags().len(), 2);
+    assert_eq!(registry.listed().unwrap().len(), 1);
+    let (namespace, name) = names();
+    let newest = registry.newest(&namespace, &name).unwrap().unwrap();
+    assert_eq!(newest, registry.tag_for(&image));
+    let pulled = nodes.pull(&registry, "team-a/warm", None).unwrap();
+    assert_eq!(pulled.image.touches().unwrap(), touches);
+    let noted = &touches[1..];
+    registry.put_note(&image, noted).unwrap();
+    let pulled = nodes.pull(&registry, &newest, None).unwrap();
+    assert_eq!(pulled.image.touches().unwrap(), noted);
 }
 
 #[test]

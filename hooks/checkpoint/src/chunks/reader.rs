@@ -127,16 +127,28 @@ impl Chunks {
         Ok(self)
     }
 
-    /// Begins to fetch the streams that `wanted` says, by their names, in their order. For one process of the node:
-    /// others find what it has brought.
+    /// Begins to fetch the streams that `wanted` says, by their names, in their order, behind what it was told before. For
+    /// one process of the node: others find what it has brought.
     pub fn stream_in(&self, wanted: impl Fn(&str) -> bool) {
+        let streams = self.streams.iter().filter(|(name, _)| wanted(name));
+        self.stream_parts(streams.flat_map(|(_, stream)| stream.parts.iter().copied()));
+    }
+
+    /// The same of parts of streams, with what is known to be asked for soon. What no stream has is passed over.
+    pub(crate) fn stream_first(&self, parts: &[(String, Range<u64>)]) {
+        let streams = parts.iter().filter_map(|(name, range)| {
+            let stream = self.streams.get(name)?;
+            Some(stream.between(range.start, range.end))
+        });
+        self.stream_parts(streams.flatten().map(|(part, _)| part));
+    }
+
+    fn stream_parts(&self, parts: impl Iterator<Item = Part>) {
         let Some(incoming) = &self.incoming else {
             return;
         };
-        let streams = self.streams.iter().filter(|(name, _)| wanted(name));
-        let parts = streams.flat_map(|(_, stream)| &stream.parts);
         let rows = parts.filter_map(|part| match part {
-            Part::Chunk(row) => Some(&self.rows[*row as usize]),
+            Part::Chunk(row) => Some(&self.rows[row as usize]),
             Part::Zeros(_) => None,
         });
         incoming.stream(rows.map(|row| (usize::from(row.pack), row.range())));

@@ -21,7 +21,8 @@ use serde::{Deserialize, Serialize};
 use super::{ImageError, SealedImage, VerifiedImage, store::open_regular};
 use crate::{
     chunks::{Chunks, Key, Remote},
-    manifest::ORIGIN_FILE,
+    manifest::{CRIU_DIR, ORIGIN_FILE},
+    pager::first_parts,
 };
 
 #[cfg(feature = "s3")]
@@ -102,6 +103,14 @@ impl SealedImage {
         })
     }
 
+    /// Begins to fetch what is not here: first what earlier restores have asked for first, and then all. `criu_dir` has
+    /// CRIU's files, as far as they are known; without them it is not known where the former lies.
+    pub fn stream_rest(&self, chunks: &Chunks, criu_dir: &Path) {
+        let noted = self.touches().unwrap_or_default();
+        chunks.stream_first(&first_parts(criu_dir, &noted));
+        chunks.stream_in(|_| true);
+    }
+
     /// Has all of it come, and compares that; then it is like any other. For the one process of the node that
     /// [fetches](super::ImageStore::fetching) it. `done` grows to the sum of its packs.
     ///
@@ -115,7 +124,7 @@ impl SealedImage {
     ) -> Result<(), ImageError> {
         let reference = self.reference();
         let chunks = self.chunks_from(key, source)?;
-        chunks.stream_in(|_| true);
+        self.stream_rest(&chunks, &self.dir.join(CRIU_DIR));
         chunks
             .verify(done)
             .map_err(ImageError::chunks(&reference))?;

@@ -14,7 +14,12 @@ use rekindle_core::name::{ImageName, Namespace};
 use tokio::{runtime::Handle, sync::mpsc, task::JoinHandle};
 
 use super::{BlobDigest, Descriptor, Layout, LayoutError, Place, bucket::Remote, some_of};
-use crate::{chunks, image::SealedImage};
+use crate::{
+    chunks,
+    image::SealedImage,
+    parallel::at_once,
+    touches::{self, Touch},
+};
 
 /// Most tags that are looked through.
 pub(super) const MAX_TAGS: usize = 100_000;
@@ -75,6 +80,12 @@ pub(super) trait Away: fmt::Debug + Send + Sync {
     /// When the image of one of these was made, in seconds since 1970; none where the tag is somebody's own.
     fn made(&self, tag: &str) -> Option<u64>;
 
+    /// Puts a note beside the image of one of these tags, in place of the one that was there.
+    fn put_note(&self, layout: &Layout, tag: &str, note: &[u8]) -> Result<(), LayoutError>;
+
+    /// The note beside such an image, if there is one of at most `max` bytes.
+    fn note(&self, layout: &Layout, tag: &str, max: u64) -> Result<Option<Vec<u8>>, LayoutError>;
+
     /// The bucket, where it is one: what goes from there is for others to decide than what goes from a registry.
     fn bucket(&self) -> Option<&Remote> {
         None
@@ -126,15 +137,43 @@ impl Layout {
         let Ok(oci) = self.manifest(&tag, &of) else {
             return Ok(false);
         };
-        for layer in oci.layers.iter().chain([&oci.config]) {
-            let Ok(digest) = layer.digest.parse() else {
+        let all: Vec<&Descriptor> = oci.layers.iter().chain([&oci.config]).collect();
+        let there = at_once(away.requests(), all.len(), |nth| {
+            let Ok(digest) = all[nth].digest.parse() else {
                 return Ok(false);
             };
-            if away.size(digest)? != Some(layer.size) {
-                return Ok(false);
-            }
+            Ok::<_, LayoutError>(away.size(digest)? == Some(all[nth].size))
+        })?;
+        Ok(there.into_iter().all(|there| there))
+    }
+
+    /// Puts what restores of an image have asked for first beside it, for those on other nodes. Of an encrypted image
+    /// nothing is told that its key does not open, and so not where its processes have their memory.
+    ///
+    /// # Errors
+    /// What the store says. Restores do without.
+    pub fn put_note(&self, image: &SealedImage, touches: &[Touch]) -> Result<(), LayoutError> {
+        let Some(away) = self.away().filter(|_| image.key().is_none()) else {
+            return Ok(());
+        };
+        let note = touches::write(touches, image.manifest_bytes());
+        away.put_note(self, &away.tag_of(image), &note)
+    }
+
+    /// Has the note of [`Layout::put_note`] come, if there is one. A restore does without.
+    pub(super) fn bring_note(&self, image: &SealedImage) {
+        let Some(away) = self.away() else { return };
+        let tag = away.tag_of(image);
+        let noted = match away.note(self, &tag, touches::MAX_FILE as u64) {
+            Ok(Some(note)) => touches::read(&note, image.manifest_bytes()),
+            Ok(None) => return,
+            Err(error) => return tracing::debug!(tag, %error, "its note has not come"),
+        };
+        match noted.map(|touches| image.note_touches(&touches)) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(tag, %error, "its note is not kept"),
+            Err(error) => tracing::debug!(tag, %error, "its note is not used"),
         }
-        Ok(true)
     }
 
     /// The tags of a place, in their order, each with what it says of its image; of a folder none, whose `index.json`

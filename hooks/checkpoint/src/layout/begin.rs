@@ -42,11 +42,6 @@ impl Layout {
         }
         Ok(away.parts(blobs))
     }
-
-    /// How many requests for packs may be on their way at once.
-    pub fn requests(&self) -> usize {
-        self.away().map_or(1, |away| away.requests())
-    }
 }
 
 impl Found<'_> {
@@ -98,7 +93,8 @@ impl Found<'_> {
             requests: self.layout.requests(),
         };
         let bytes = std::mem::take(&mut self.manifest_bytes);
-        let begun = arriving.begin(self.manifest, bytes, &origin, source, (key, into));
-        Ok(begun?)
+        let begun = arriving.begin(self.manifest, bytes, &origin, source, (key, into))?;
+        self.layout.bring_note(&begun);
+        Ok(begun)
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!  oci-layout, index.json, blobs/…   as in a folder, so that what copies the prefix has a layout
 //!  tags/<tag>                        the descriptor of that tag: written last, and what is believed
+//!  touches/<tag>                     what restores of that image have asked for first: a hint, and no part of it
 //!  uploads/, removed/, gc/           who adds to it, what was removed from it, and who removes: see `remove`
 //! ```
 //! There is nobody who could lock a bucket, and several nodes write to one. So each tag is an object of its own, which
@@ -42,6 +43,7 @@ use crate::{
 };
 
 pub(super) const TAGS: &str = "tags/";
+pub(super) const NOTES: &str = "touches/";
 /// Most bytes of a tag: ours has 400.
 pub(super) const MAX_TAG_BYTES: u64 = 64 << 10;
 /// How often `index.json` is written anew because another one has changed it meanwhile.
@@ -237,6 +239,15 @@ impl Away for Remote {
 
     fn made(&self, tag: &str) -> Option<u64> {
         Some(self.told(tag)?.image?.1)
+    }
+
+    fn put_note(&self, _: &Layout, tag: &str, note: &[u8]) -> Result<(), LayoutError> {
+        Ok(self.write(&format!("{NOTES}{tag}"), note)?)
+    }
+
+    fn note(&self, _: &Layout, tag: &str, max: u64) -> Result<Option<Vec<u8>>, LayoutError> {
+        let found = self.small(&format!("{NOTES}{tag}"), max)?;
+        Ok(found.map(|found| found.bytes.into()))
     }
 
     fn index(&self, layout: &Layout) -> Result<Vec<Descriptor>, LayoutError> {

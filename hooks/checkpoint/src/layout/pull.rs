@@ -16,6 +16,7 @@ use crate::{
     chunks::Key,
     image::{Arriving, ImageStore, SealedImage, open_regular},
     manifest::{self, CRIU_DIR, MANIFEST_DIGEST_FILE, Manifest, shorten},
+    parallel::at_once,
 };
 
 /// The digest of a manifest: 64 hex digits and a newline.
@@ -222,12 +223,15 @@ impl Found<'_> {
         let (packs, small) = std::mem::take(&mut self.files)
             .into_iter()
             .partition(|(file, _)| media_type(file) == super::PACK);
-        let small: BTreeMap<_, _> = small;
-        for (file, of) in &small {
+        // Many, and so small that each is little but the way to the store and back.
+        let small: Vec<(String, Descriptor)> = BTreeMap::into_iter(small).collect();
+        let layout = self.layout;
+        at_once(layout.requests(), small.len(), |nth| {
+            let (file, of) = &small[nth];
             let to = arriving.dir().join(file);
             let mut out = File::create_new(&to).map_err(LayoutError::io("make", &to))?;
-            self.layout.blob(file, of)?.copy(&mut out, &to, done)?;
-        }
+            layout.blob(file, of)?.copy(&mut out, &to, done)
+        })?;
         Ok(packs)
     }
 
@@ -281,6 +285,8 @@ impl Found<'_> {
         };
         let whole = proof == Proof::Whole;
         let image = arriving.publish(manifest, bytes, whole.then_some((key, into, checked)))?;
+        #[cfg(feature = "s3")]
+        self.layout.bring_note(&image);
         Ok(Pulled {
             image,
             proof,

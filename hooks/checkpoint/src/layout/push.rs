@@ -22,6 +22,7 @@ use super::{
 use crate::{
     image::{SealedImage, open_regular},
     manifest::MANIFEST_DIGEST_FILE,
+    parallel::at_once,
 };
 
 /// What is being written, in the layout's folder; whoever holds its lock removes what another one left.
@@ -36,6 +37,22 @@ pub struct Pushed {
     pub bytes: u64,
     /// Bytes of those that were written.
     pub written: u64,
+}
+
+impl Pushed {
+    /// Counts a blob; its descriptor.
+    fn count(&mut self, put: Put) -> Descriptor {
+        self.bytes += put.of.size;
+        self.written += put.written;
+        put.of
+    }
+}
+
+/// A blob that is there now.
+struct Put {
+    of: Descriptor,
+    /// Bytes that were written for it: none where it was there.
+    written: u64,
 }
 
 impl Layout {
@@ -111,18 +128,28 @@ impl Layout {
             written: 0,
         };
         let manifest = image.manifest();
-        let config = self.put(CONFIG, image.manifest_bytes(), &mut pushed)?;
-        let mut layers = Vec::new();
+        let config = self.put(CONFIG, image.manifest_bytes())?;
+        let config = pushed.count(config);
         let names = manifest.files.iter().map(|file| file.path.clone());
+        let small: Vec<String> = [MANIFEST_DIGEST_FILE.to_owned()]
+            .into_iter()
+            .chain(names)
+            .collect();
         let packs = manifest.packs.iter().map(|pack| pack.id.file());
-        let seal = [MANIFEST_DIGEST_FILE.to_owned()];
-        for name in seal.into_iter().chain(names).chain(packs) {
-            let path = image.dir().join(&name);
-            let known = known.get(&name).copied();
-            let mut layer = self.put_file(&path, media_type(&name), known, &mut pushed, done)?;
-            layer.annotations.insert(TITLE.to_owned(), name);
-            layers.push(layer);
+        let put = |name: &str| {
+            let path = image.dir().join(name);
+            let known = known.get(name).copied();
+            let mut put = self.put_file(&path, media_type(name), known, done)?;
+            let title = (TITLE.to_owned(), name.to_owned());
+            put.of.annotations.extend([title]);
+            Ok::<_, LayoutError>(put)
+        };
+        // Each of them is little but the way to the store and back. Packs go one by one, in parts.
+        let mut all = at_once(self.requests(), small.len(), |nth| put(&small[nth]))?;
+        for name in packs {
+            all.push(put(&name)?);
         }
+        let layers = all.into_iter().map(|put| pushed.count(put)).collect();
         let annotation = ("dev.rekindle.image".to_owned(), image.reference());
         let oci = OciManifest {
             schema_version: 2,
@@ -134,6 +161,13 @@ impl Layout {
         };
         let text = serde_json::to_vec(&oci).map_err(|e| self.unwritable(&e))?;
         self.publish(tag, &text, &mut pushed)?;
+        #[cfg(feature = "s3")]
+        if let Ok(touches) = image.touches()
+            && !touches.is_empty()
+            && let Err(error) = self.put_note(image, &touches)
+        {
+            tracing::debug!(tag, %error, "what its restores have noted stays here");
+        }
         Ok(pushed)
     }
 
@@ -159,7 +193,7 @@ impl Layout {
             }
             return Ok(());
         }
-        self.put(MANIFEST, text, pushed)?;
+        pushed.count(self.put(MANIFEST, text)?);
         self.tag(tag, &of)
     }
 
@@ -171,30 +205,28 @@ impl Layout {
     }
 
     /// What is in memory, as a blob.
-    fn put(
-        &self,
-        media_type: &str,
-        bytes: &[u8],
-        pushed: &mut Pushed,
-    ) -> Result<Descriptor, LayoutError> {
+    fn put(&self, media_type: &str, bytes: &[u8]) -> Result<Put, LayoutError> {
         let digest = BlobDigest::of(bytes);
         let size = bytes.len() as u64;
-        pushed.bytes += size;
+        let put = |written| Put {
+            of: descriptor(media_type, digest, size),
+            written,
+        };
         #[cfg(feature = "s3")]
         if let Some(away) = self.away() {
-            if away.size(digest)? != Some(size) {
-                away.put(digest, bytes)?;
-                pushed.written += size;
+            if away.size(digest)? == Some(size) {
+                return Ok(put(0));
             }
-            return Ok(descriptor(media_type, digest, size));
+            away.put(digest, bytes)?;
+            return Ok(put(size));
         }
-        if !self.has(digest, size) {
-            let temporary = self.temporary();
-            fs::write(&temporary, bytes).map_err(LayoutError::io("write", &temporary))?;
-            commit_file(&temporary, &self.path.join(digest.path()))?;
-            pushed.written += size;
+        if self.has(digest, size) {
+            return Ok(put(0));
         }
-        Ok(descriptor(media_type, digest, size))
+        let temporary = self.temporary();
+        fs::write(&temporary, bytes).map_err(LayoutError::io("write", &temporary))?;
+        commit_file(&temporary, &self.path.join(digest.path()))?;
+        Ok(put(size))
     }
 
     /// A file, as a blob. Where its digest is known already it is only compared, and nothing is written.
@@ -203,16 +235,18 @@ impl Layout {
         path: &Path,
         media_type: &str,
         known: Option<BlobDigest>,
-        pushed: &mut Pushed,
         done: &AtomicU64,
-    ) -> Result<Descriptor, LayoutError> {
+    ) -> Result<Put, LayoutError> {
+        let put = |digest, size, written| Put {
+            of: descriptor(media_type, digest, size),
+            written,
+        };
         let open = || open_regular(path).map_err(LayoutError::io("read", path));
         let file = open()?;
         let size = file
             .metadata()
             .map_err(LayoutError::io("look at", path))?
             .len();
-        pushed.bytes += size;
         #[cfg(feature = "s3")]
         if let Some(away) = self.away() {
             // Its name is its digest, so it is read twice, the second time from memory where that is large enough.
@@ -220,18 +254,17 @@ impl Layout {
             let (digest, read) = copy(file, &mut io::sink(), size, path, path, &read)?;
             if away.size(digest)? == Some(read) {
                 done.fetch_add(read, Ordering::Relaxed);
-            } else {
-                away.put_file(path, (digest, read), done)?;
-                pushed.written += read;
+                return Ok(put(digest, read, 0));
             }
-            return Ok(descriptor(media_type, digest, read));
+            away.put_file(path, (digest, read), done)?;
+            return Ok(put(digest, read, read));
         }
         if let Some(known) = known.filter(|known| self.has(*known, size)) {
             let read = AtomicU64::new(0);
             let (digest, _) = copy(file, &mut io::sink(), size, path, path, &read)?;
             if digest == known {
                 done.fetch_add(size, Ordering::Relaxed);
-                return Ok(descriptor(media_type, known, size));
+                return Ok(put(known, size, 0));
             }
         }
         space::require(&self.path, size)?;
@@ -251,11 +284,10 @@ impl Layout {
         };
         if self.has(digest, size) {
             fs::remove_file(&temporary).map_err(LayoutError::io("remove", &temporary))?;
-        } else {
-            commit_file(&temporary, &self.path.join(digest.path()))?;
-            pushed.written += size;
+            return Ok(put(digest, size, 0));
         }
-        Ok(descriptor(media_type, digest, size))
+        commit_file(&temporary, &self.path.join(digest.path()))?;
+        Ok(put(digest, size, size))
     }
 
     /// Whether there is such a blob. Its bytes are compared by whoever pulls.
@@ -333,7 +365,7 @@ impl Layout {
     }
 }
 
-fn descriptor(media_type: &str, digest: BlobDigest, size: u64) -> Descriptor {
+pub(super) fn descriptor(media_type: &str, digest: BlobDigest, size: u64) -> Descriptor {
     Descriptor {
         media_type: media_type.to_owned(),
         artifact_type: None,

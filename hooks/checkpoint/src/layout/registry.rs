@@ -3,7 +3,8 @@
 //!
 //! Unless it is told another one, an image's tag is `NAMESPACE.NAME.CREATED-DIGEST`, the same on each node. A registry's
 //! tags have neither `/` nor `@`, and at most 128 bytes. So that no two images have one tag, a dot of a name is written
-//! `_-` there and an underscore `__`, and names that are too long together are written as their SHA-256.
+//! `_-` there and an underscore `__`, and names that are too long together are written as their SHA-256. What restores of
+//! an image have asked for first is an artifact of its own, tagged as the image with [`NOTE`] behind it.
 
 use std::{
     ops::Range,
@@ -24,9 +25,10 @@ use rekindle_store::{
 use tokio::runtime::Handle;
 
 use super::{
-    Annotations, BlobDigest, Descriptor, Layout, LayoutError, MANIFEST, MAX_OCI_MANIFEST, Place,
-    REF_NAME,
+    Annotations, BlobDigest, Descriptor, Layout, LayoutError, MANIFEST, MAX_OCI_MANIFEST,
+    OciManifest, Place, REF_NAME,
     away::{Away, Coming, Kind, MAX_TAGS, Told},
+    push::descriptor,
 };
 use crate::{
     chunks::{self, RemoteError},
@@ -36,8 +38,14 @@ use crate::{
 
 /// With what the tags of long names begin: no namespace's does, for behind that stands a dot.
 const LONG: &str = "sha256-";
-/// What is left for the names: 128, less a dot and a dash, 20 digits of a time and 12 of a digest.
-const MAX_NAMES: usize = 128 - 2 - 20 - 12;
+/// What is left for the names: 128, less a dot and a dash, 20 digits of a time and 12 of a digest, and [`NOTE`].
+const MAX_NAMES: usize = 128 - 2 - 20 - 12 - NOTE.len();
+/// With what the tag of an image's note ends: no image's own does.
+const NOTE: &str = ".touches";
+const NOTE_TYPE: &str = "application/vnd.rekindle.touches.v1";
+/// What stands where an artifact has no configuration.
+const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
+const EMPTY: &[u8] = b"{}";
 
 /// A repository, for callers that block.
 #[derive(Debug)]
@@ -121,6 +129,12 @@ fn created(tag: &str) -> Option<(&str, u64)> {
     let fits = digest.len() == 12 && digest.bytes().all(hex);
     let digits = created.bytes().all(|b| b.is_ascii_digit());
     (fits && digits).then_some((names, created.parse().ok()?))
+}
+
+/// Whether a tag is that of a note.
+fn is_note(tag: &str) -> bool {
+    let of = tag.strip_suffix(NOTE);
+    of.is_some_and(|of| created(of).is_some())
 }
 
 impl Away for Remote {
@@ -241,7 +255,9 @@ impl Away for Remote {
     }
 
     fn tags(&self) -> Result<Vec<String>, LayoutError> {
-        Ok(self.wait(self.registry.tags(MAX_TAGS))?)
+        let mut tags = self.wait(self.registry.tags(MAX_TAGS))?;
+        tags.retain(|tag| !is_note(tag));
+        Ok(tags)
     }
 
     fn tags_of(&self, namespace: &Namespace, name: &ImageName) -> Result<Vec<String>, LayoutError> {
@@ -253,6 +269,39 @@ impl Away for Remote {
 
     fn made(&self, tag: &str) -> Option<u64> {
         created(tag).map(|(_, created)| created)
+    }
+
+    fn put_note(&self, layout: &Layout, tag: &str, note: &[u8]) -> Result<(), LayoutError> {
+        let put = |media_type: &str, bytes: &[u8]| {
+            let digest = BlobDigest::of(bytes);
+            self.put(digest, bytes)?;
+            Ok::<_, LayoutError>(descriptor(media_type, digest, bytes.len() as u64))
+        };
+        let artifact = OciManifest {
+            schema_version: 2,
+            media_type: MANIFEST.to_owned(),
+            artifact_type: NOTE_TYPE.to_owned(),
+            config: put(EMPTY_TYPE, EMPTY)?,
+            layers: vec![put(NOTE_TYPE, note)?],
+            annotations: Annotations::new(),
+        };
+        let text = serde_json::to_vec(&artifact).map_err(|e| layout.unwritable(&e))?;
+        let tag = format!("{tag}{NOTE}");
+        self.wait(self.registry.put_manifest(&tag, MANIFEST, text.into()))?;
+        Ok(())
+    }
+
+    fn note(&self, layout: &Layout, tag: &str, max: u64) -> Result<Option<Vec<u8>>, LayoutError> {
+        let tag = format!("{tag}{NOTE}");
+        let found = self.registry.manifest(&tag, MANIFEST, MAX_OCI_MANIFEST);
+        let Some(found) = self.wait(found)? else {
+            return Ok(None);
+        };
+        let artifact: OciManifest = layout.json(&tag, &found.bytes)?;
+        let layers = artifact.layers.iter();
+        let mut notes = layers.filter(|layer| layer.media_type == NOTE_TYPE);
+        let note = notes.next().map(|of| layout.small_blob(&tag, of, max));
+        note.transpose()
     }
 
     fn index(&self, _: &Layout) -> Result<Vec<Descriptor>, LayoutError> {
@@ -312,6 +361,9 @@ mod tests {
             let names = beginning(&namespace, &name);
             let tag = format!("{names}.{}-0123456789ab", u64::MAX);
             assert!(is_tag(&tag), "{tag}");
+            let note = format!("{tag}{NOTE}");
+            assert!(is_tag(&note) && is_note(&note) && !is_note(&tag), "{note}");
+            assert_eq!(created(&note), None);
             assert_eq!(created(&tag), Some((names.as_str(), u64::MAX)));
             assert!(seen.insert(names.clone()), "{names}");
             if !names.starts_with(LONG) || names.contains('.') {

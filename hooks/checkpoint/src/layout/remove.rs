@@ -29,7 +29,7 @@ use super::{
     BLOBS, BlobDigest, BlobFault, Descriptor, INDEX_JSON, Layout, LayoutError, MAX_INDEX_JSON,
     MAX_OCI_MANIFEST, REF_NAME,
     away::{Away, MAX_TAGS},
-    bucket::{ROUNDS, Remote, TAGS},
+    bucket::{NOTES, ROUNDS, Remote, TAGS},
 };
 use crate::manifest::shorten;
 
@@ -248,6 +248,7 @@ impl Layout {
         remote.write(&format!("{REMOVED}{tag}"), &text)?;
         remote.wait(remote.bucket.delete(&format!("{TAGS}{tag}")))?;
         remote.forget(self, tag)?;
+        remote.wait(remote.bucket.delete(&format!("{NOTES}{tag}")))?;
         Ok(true)
     }
 
@@ -319,6 +320,14 @@ impl Layout {
             remote.wait(deleting.try_collect::<()>())?;
             collected.blobs += some.len() as u64;
             collected.bytes += some.iter().map(|blob| blob.size).sum::<u64>();
+        }
+        // A restore may have noted something of an image that had just been removed.
+        let tags: BTreeSet<String> = remote.tags()?.into_iter().collect();
+        for note in remote.objects(NOTES, MAX_TAGS)? {
+            let of = note.key.strip_prefix(NOTES).unwrap_or_default();
+            if !tags.contains(of) && age(now, &note) >= grace {
+                remote.wait(remote.bucket.delete(&note.key))?;
+            }
         }
         // What was removed is forgotten when nothing is left of it.
         for tag in removed.iter().filter(|tag| age(now, tag) >= grace) {

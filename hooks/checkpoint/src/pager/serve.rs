@@ -33,6 +33,7 @@ use super::protocol::{self, Word};
 use crate::{
     chunks::{ChunkError, Chunks},
     criu_image::CriuImageError,
+    parallel::threads,
     touches::Touch,
 };
 
@@ -42,12 +43,11 @@ mod space;
 mod userfaultfd;
 
 use ahead::Ahead;
-use space::{FAULT_BLOCK, Space};
+pub(super) use missing::Missing;
+use space::Space;
+pub(super) use space::{FAULT_BLOCK, pages_stream};
 use userfaultfd::Userfaultfd;
 
-/// Threads that bring in what nobody has asked for yet. Two saturate the memory of two cores; see
-/// `crate::parallel`.
-const LOADERS: usize = 2;
 /// What one of them puts at a time. Who faults waits for at most one of these in each loader: 128 KiB take
 /// 60 to 250 µs, depending on how fast the host gives fresh pages.
 const STEP: usize = 128 << 10;
@@ -157,9 +157,11 @@ pub fn serve(
     };
     session.watch(&session.loaded, LOADED)?;
     session.watch(&relay, CONTROL)?;
+    // They bring in what nobody has asked for yet.
+    let loaders = threads();
     let served = thread::scope(|scope| {
-        let served = session.listen(relay, || {
-            for _ in 0..LOADERS {
+        let served = session.listen(relay, loaders as u64, || {
+            for _ in 0..loaders {
                 thread::Builder::new()
                     .name("loader".to_owned())
                     .spawn_scoped(scope, || session.load())
@@ -198,16 +200,16 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// The thread that hears and answers, until all is in.
+    /// The thread that hears and answers, until all is in, which `load` has so many `loaders` begin.
     fn listen(
         &self,
         mut relay: UnixStream,
+        mut loaders: u64,
         load: impl Fn() -> Result<(), ServeError>,
     ) -> Result<(), ServeError> {
         let mut buffer = vec![0; FAULT_BLOCK as usize];
         let mut events = Vec::with_capacity(64);
         let mut finished = false;
-        let mut loaders = LOADERS as u64;
         // Those in which a thread waits for a page that could not be put yet.
         let mut busy: Vec<u64> = Vec::new();
         loop {

@@ -58,20 +58,22 @@ pub(crate) fn run(
         tracing::warn!("no images in memory: {error}");
     }
     let image = store.resolve(namespace, &args.image.name, args.image.generation)?;
+    let image = Arc::new(image);
     // Only who has an image that is encrypted, or not all here, has to know of keys and tiers.
-    let whole = image.origin()?.is_none();
-    let (key, rest) = match whole && image.key().is_none() {
-        true => (None, None),
-        false => {
-            let config = config()?;
-            (keys::of(&config, &image)?, tier::rest_of(&config, &image)?)
-        }
+    let origin = image.origin()?;
+    let config = match origin.is_none() && image.key().is_none() {
+        true => None,
+        false => Some(config()?),
+    };
+    let (key, rest) = match &config {
+        None => (None, None),
+        Some(config) => (keys::of(config, &image)?, tier::rest_of(config, &image)?),
     };
     let (chunks, rest) = match rest {
         None => (Arc::new(image.chunks(key.as_ref())?), None),
         Some(source) => {
             let chunks = Arc::new(image.chunks_from(key.as_ref(), source)?);
-            let rest = Rest::begin(&image, &chunks)?;
+            let rest = Rest::begin(&image, &chunks, &args.criu)?;
             (chunks, Some(rest))
         }
     };
@@ -94,6 +96,11 @@ pub(crate) fn run(
                 && matches!(image.origin(), Ok(Some(_)))
             {
                 rest.leave(file);
+            }
+            if let (Some(config), Some(origin), true) = (&config, origin, noted.is_empty())
+                && let Err(error) = tier::put_note(config, &origin, &image, &served.touches)
+            {
+                tracing::debug!("other nodes will know nothing of this restore: {error:#}");
             }
             // Its stderr is its log, and this line goes into the shim's.
             output::note(&format!(

@@ -5,6 +5,7 @@ use std::{fs, os::unix::fs::MetadataExt as _, sync::Arc};
 use rekindle_checkpoint::{
     Key, SealedImage,
     manifest::{ORIGIN_FILE, UPPER_FILE},
+    touches::Touch,
 };
 
 use crate::{
@@ -265,4 +266,65 @@ fn another_key_is_told_before_anything_is_published() {
         .join(ORIGIN_FILE);
     fs::write(&path, "[").unwrap();
     assert!(chain(&begun.origin().unwrap_err()).contains("origin.json"));
+}
+
+/// What a restore on one node has asked for first is known to the first restore on another, from wherever it was told.
+#[test]
+fn what_restores_have_asked_for_first_travels() {
+    let touches = [(3, 0x7000_0000_0000), (1, 0x10_0000)].map(|(pid, at)| Touch::at(pid, at));
+    let nodes = Nodes::new();
+    let bucket = nodes.layout(nodes.address);
+    let again = |why: &str| {
+        let (namespace, name) = names();
+        let held = nodes.to.list(None).unwrap();
+        if !held.is_empty() {
+            nodes.to.remove(&namespace, &name, None, false).unwrap();
+        }
+        let begun = nodes.begin(&bucket, None);
+        begun.unwrap_or_else(|error| panic!("{why}: {}", chain(&error)))
+    };
+    let image = nodes.make_pages(None, 1, 4 * MIB);
+    nodes.push(&bucket, &image).unwrap();
+    let begun = again("before any restore");
+    assert_eq!(begun.touches().unwrap(), []);
+    // By a restore whose memory came from there.
+    bucket.put_note(&begun, &touches[..1]).unwrap();
+    drop(begun);
+    assert_eq!(again("noted").touches().unwrap(), touches[..1]);
+    // With the image.
+    image.note_touches(&touches).unwrap();
+    assert_eq!(nodes.push(&bucket, &image).unwrap().written, 0);
+    assert_eq!(again("pushed").touches().unwrap(), touches);
+    let tag = bucket.tag_for(&image);
+    let pulled = nodes.pull(&bucket, &tag).unwrap();
+    assert_eq!(pulled.image.touches().unwrap(), touches);
+    drop(pulled);
+
+    // It is a hint: what is wrong with it costs nothing else.
+    let [key] = nodes.keys("touches/").try_into().unwrap();
+    let path = nodes.there().join(&key);
+    let sound = fs::read(&path).unwrap();
+    let flipped = {
+        let mut bytes = sound.clone();
+        bytes[50] ^= 1;
+        bytes
+    };
+    for (what, bytes) in [
+        ("flipped", flipped),
+        ("cut", sound[..60].to_vec()),
+        ("empty", Vec::new()),
+        ("too large", vec![0; 1 << 20]),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        assert_eq!(again(what).touches().unwrap(), [], "{what}");
+    }
+    assert!(bucket.remove(&tag).unwrap());
+    assert_eq!(nodes.keys("touches/"), Vec::<String>::new());
+    // Where its processes have their memory is told of no encrypted image.
+    let key = Key::parse("k", "1".repeat(64).as_bytes()).unwrap();
+    let encrypted = nodes.make_pages(Some(&key), 2, MIB);
+    encrypted.note_touches(&touches).unwrap();
+    nodes.push(&bucket, &encrypted).unwrap();
+    bucket.put_note(&encrypted, &touches).unwrap();
+    assert_eq!(nodes.keys("touches/"), Vec::<String>::new());
 }

@@ -80,7 +80,15 @@ fn a_tag_goes_at_once_and_its_blobs_when_nobody_can_need_them() {
     assert!(done.bytes > 2 * MIB as u64, "{done:?}");
     assert_eq!(before - nodes.keys("blobs/").len(), done.blobs as usize);
     assert_eq!(assert_whole(&nodes, &layout, "removed"), [tags[1].clone()]);
-    for left in ["removed/", "gc/", "uploads/"] {
+    // A restore has noted something of an image that had just been removed, and long ago by now.
+    let note = nodes.there().join("touches").join(&tags[0]);
+    fs::create_dir_all(note.parent().unwrap()).unwrap();
+    fs::write(&note, "note").unwrap();
+    layout.collect(DAY, None).unwrap();
+    assert!(note.exists());
+    age(&nodes, 2 * DAY);
+    layout.collect(DAY, None).unwrap();
+    for left in ["removed/", "gc/", "uploads/", "touches/"] {
         assert_eq!(nodes.keys(left), Vec::<String>::new());
     }
     assert_eq!(layout.collect(DAY, None).unwrap().blobs, 0);

@@ -197,6 +197,33 @@ fn all_of_it_comes_once_and_in_its_order() {
 }
 
 #[test]
+fn what_is_known_to_be_asked_for_soon_comes_first() {
+    let image = Image::new(24 * MIB, |_| Answer::Truth);
+    let chunks = image.open();
+    let parts = [20 * MIB, 3 * MIB, 9 * MIB].map(|at| {
+        let at = at as u64;
+        (NAME.to_owned(), at..at + CHUNK as u64)
+    });
+    let none = [
+        ("criu/pages-9.img".to_owned(), 0..1),
+        (NAME.to_owned(), u64::MAX - 1..u64::MAX),
+    ];
+    chunks.stream_first(&none);
+    chunks.stream_first(&parts);
+    chunks.stream_in(|_| true);
+    chunks.verify(&AtomicU64::new(0)).unwrap();
+    image.read(&chunks, 0, image.plain.len()).unwrap();
+    let asked = image.store.asked.lock().unwrap();
+    let place = |at: &u64| asked.iter().position(|range| range.contains(at)).unwrap();
+    for (_, range) in parts {
+        // Beside what who compares is waiting for.
+        assert!(place(&range.start) < 8, "{:?}", &asked[..8]);
+    }
+    drop(asked);
+    assert!(image.fetched() < image.size() + 2 * MIB as u64);
+}
+
+#[test]
 fn what_somebody_waits_for_comes_before_the_rest() {
     // Whatever is streamed hangs.
     let image = Image::new(64 * MIB, |nth| match nth < 2 {

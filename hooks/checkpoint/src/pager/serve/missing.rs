@@ -6,13 +6,13 @@ use crate::criu_image::{CriuImageError, Mappings, Pagemap};
 
 /// A range of missing memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Piece {
+pub(in crate::pager) struct Piece {
     /// Its first address.
-    pub(super) vaddr: u64,
+    pub(in crate::pager) vaddr: u64,
     /// Its bytes, whole pages.
-    pub(super) bytes: u64,
+    pub(in crate::pager) bytes: u64,
     /// Where they are in the pages file.
-    pub(super) at: u64,
+    pub(in crate::pager) at: u64,
     /// Whether a forked child finds them too.
     pub(super) inherited: bool,
 }
@@ -38,14 +38,14 @@ impl Piece {
 /// The missing memory of one process: pieces by their first address, none overlapping, none reaching
 /// over the boundary of a mapping, since one copy may not.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Missing(BTreeMap<u64, Piece>);
+pub(in crate::pager) struct Missing(BTreeMap<u64, Piece>);
 
 impl Missing {
     /// What a lazy restore leaves to the pager, as the images of process `pid` in `criu_dir` say.
     ///
     /// # Errors
     /// When one of them cannot be read or is malformed.
-    pub(super) fn read(criu_dir: &Path, pid: i32) -> Result<(Self, u32), CriuImageError> {
+    pub(in crate::pager) fn read(criu_dir: &Path, pid: i32) -> Result<(Self, u32), CriuImageError> {
         let mut map = Pagemap::open(&criu_dir.join(format!("pagemap-{pid}.img")))?;
         let mappings = Mappings::open(&criu_dir.join(format!("mm-{pid}.img")))?;
         let missing = Self::of(&mut map, &mappings)?;
@@ -159,7 +159,11 @@ impl Missing {
     }
 
     /// The parts of pieces that lie in `start..end`, in their order.
-    pub(super) fn overlapping(&self, start: u64, end: u64) -> impl Iterator<Item = Piece> {
+    pub(in crate::pager) fn overlapping(
+        &self,
+        start: u64,
+        end: u64,
+    ) -> impl Iterator<Item = Piece> {
         let first = self.holding(start).map_or(start, |piece| piece.vaddr);
         let pieces = (first < end).then(|| self.0.range(first..end));
         pieces

@@ -23,7 +23,7 @@ use crate::{
 /// Around a page that a thread waits for, the aligned block of this size comes in with it: what a program
 /// touches next mostly lies there, and each fault costs two switches of context, as much as 16 pages. It is a chunk
 /// of the image, which is read and compared whole, whatever of it is wanted.
-pub(super) const FAULT_BLOCK: u64 = CHUNK as u64;
+pub(in crate::pager) const FAULT_BLOCK: u64 = CHUNK as u64;
 
 /// The memory of one restored process.
 #[derive(Debug)]
@@ -68,6 +68,11 @@ impl Moved {
     }
 }
 
+/// The name of the stream that a pages file is in the image.
+pub(in crate::pager) fn pages_stream(pages_id: u32) -> String {
+    criu_path(Path::new(&pages_file(pages_id)))
+}
+
 /// A pages file of the image, which is a stream of it.
 #[derive(Debug)]
 struct Pages {
@@ -89,7 +94,7 @@ impl Space {
         let (missing, pages_id) = Missing::read(criu_dir, pid)?;
         let pages = Arc::new(Pages {
             chunks: Arc::clone(chunks),
-            name: criu_path(Path::new(&pages_file(pages_id))),
+            name: pages_stream(pages_id),
         });
         Ok(Self::new(pid, userfaultfd, pages, missing))
     }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use rekindle_checkpoint::{ImageStore, SealedImage, chunks::Chunks};
+use rekindle_checkpoint::{SealedImage, chunks::Chunks};
 use rekindle_core::name::{ImageName, Namespace};
 use rekindle_store::Lock;
 
@@ -30,20 +30,23 @@ pub(super) struct Rest {
 }
 
 impl Rest {
-    /// Streams it as soon as nobody else does.
-    pub(super) fn begin(image: &SealedImage, chunks: &Arc<Chunks>) -> anyhow::Result<Self> {
+    /// Streams it as soon as nobody else does. `criu` has CRIU's files.
+    pub(super) fn begin(
+        image: &Arc<SealedImage>,
+        chunks: &Arc<Chunks>,
+        criu: &Path,
+    ) -> anyhow::Result<Self> {
         let manifest = image.manifest();
         let rest = Self {
             namespace: manifest.namespace.clone(),
             name: manifest.name.clone(),
             alone: Arc::default(),
         };
-        let (namespace, name) = (rest.namespace.clone(), rest.name.clone());
-        let (store, alone) = (image.store().clone(), Arc::clone(&rest.alone));
-        let chunks = Arc::downgrade(chunks);
+        let (image, criu) = (Arc::clone(image), criu.to_owned());
+        let (chunks, alone) = (Arc::downgrade(chunks), Arc::clone(&rest.alone));
         thread::Builder::new()
             .name("stream".to_owned())
-            .spawn(move || stream(&store, (&namespace, &name), &chunks, &alone))
+            .spawn(move || stream(&image, &criu, &chunks, &alone))
             .context("starting a thread")?;
         Ok(rest)
     }
@@ -71,26 +74,23 @@ impl Rest {
     }
 }
 
-fn stream(
-    store: &ImageStore,
-    (namespace, name): (&Namespace, &ImageName),
-    chunks: &Weak<Chunks>,
-    alone: &Mutex<Option<Lock>>,
-) {
+fn stream(image: &SealedImage, criu: &Path, chunks: &Weak<Chunks>, alone: &Mutex<Option<Lock>>) {
+    let manifest = image.manifest();
     loop {
         let Some(chunks) = chunks.upgrade() else {
             return;
         };
-        match store.fetching(namespace, name) {
+        let fetching = image.store().fetching(&manifest.namespace, &manifest.name);
+        match fetching {
             Ok(Some(lock)) => {
                 *alone.lock().unwrap_or_else(PoisonError::into_inner) = Some(lock);
-                return chunks.stream_in(|_| true);
+                return image.stream_rest(&chunks, criu);
             }
             Ok(None) => {}
             // That two may fetch the same is better than that nobody does.
             Err(error) => {
                 tracing::warn!("whether somebody streams the image is not known: {error:#}");
-                return chunks.stream_in(|_| true);
+                return image.stream_rest(&chunks, criu);
             }
         }
         drop(chunks);

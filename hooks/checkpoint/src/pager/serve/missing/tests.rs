@@ -3,9 +3,13 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::criu_image::{
-    PE_LAZY, PE_PRESENT,
-    tests::{mappings, pagemap},
+use crate::{
+    criu_image::{
+        PE_LAZY, PE_PRESENT,
+        tests::{mappings, pagemap},
+    },
+    pager::first_parts,
+    touches::Touch,
 };
 
 const PAGE: u64 = 4096;
@@ -56,6 +60,29 @@ fn step() -> impl Strategy<Value = Step> {
         (page.clone(), count.clone()).prop_map(|(page, count)| Step::Remove(page, count)),
         (page.clone(), page, count).prop_map(|(from, to, count)| Step::Shift(from, to, count)),
     ]
+}
+
+/// Of what is noted, an image has some, not all, and in other places.
+#[test]
+fn the_first_parts_are_where_the_noted_blocks_lie() {
+    let dir = tempfile::tempdir().unwrap();
+    let lazy = PE_LAZY | PE_PRESENT;
+    let runs = [(0x10_0000, 16, lazy), (0x12_0000, 20, lazy)];
+    std::fs::write(dir.path().join("pagemap-7.img"), pagemap(3, &runs)).unwrap();
+    let ranges = mappings(&[(0x10_0000, 0x14_0000)]);
+    std::fs::write(dir.path().join("mm-7.img"), ranges).unwrap();
+    let noted = [
+        (7, 0x13_0000),
+        (7, 0x11_0000),
+        (8, 0x10_0000),
+        (7, 0x10_0000),
+    ];
+    let noted = noted.map(|(pid, at)| Touch::at(pid, at));
+    let name = || "criu/pages-3.img".to_owned();
+    assert_eq!(
+        first_parts(dir.path(), &noted),
+        [(name(), 32 * PAGE..36 * PAGE), (name(), 0..16 * PAGE),]
+    );
 }
 
 proptest! {
