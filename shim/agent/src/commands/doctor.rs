@@ -15,6 +15,7 @@ mod apiserver;
 mod checks;
 mod cri;
 mod shown;
+mod tiers;
 
 const EXAMPLES: &str = "\
 Examples:

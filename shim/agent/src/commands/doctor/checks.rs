@@ -2,6 +2,7 @@
 
 use std::{
     env, fs, io,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::Output,
     time::Duration,
@@ -15,7 +16,7 @@ use rekindle_core::{
 use rustix::fs::statvfs;
 use tokio::{process::Command, time::timeout};
 
-use super::{Check, DoctorArgs, apiserver, cri};
+use super::{Check, DoctorArgs, apiserver, cri, tiers};
 use crate::{containerd::Containerd, keys, output};
 
 /// No program that is asked for its version needs longer, and `criu check` takes milliseconds.
@@ -45,6 +46,10 @@ pub(super) async fn all(args: &DoctorArgs, config: &NodeConfig) -> Vec<Check> {
     checks.extend(config.images.memory.as_ref().map(memory));
     checks.push(sources(config));
     checks.extend(config.images.keys.iter().map(image_key));
+    for tier in &config.images.tiers {
+        checks.push(tiers::check(config, tier).await);
+    }
+    checks.push(agent(Path::new(paths::AGENT_SOCKET), config));
     checks.push(apiserver::check(&config.kubernetes).await);
     checks.extend(gpu(Path::new("/dev")));
     checks
@@ -315,6 +320,28 @@ fn image_key(key: &ImageKey) -> Check {
     }
 }
 
+/// Nothing waits for the agent, so nobody else says that it is missing.
+fn agent(socket: &Path, config: &NodeConfig) -> Check {
+    const NAME: &str = "agent";
+    const ADVICE: &str =
+        "systemctl enable --now rekindle-agent, or `rekindle agent --once` by a timer";
+    let Err(error) = UnixStream::connect(socket) else {
+        return Check::passed(NAME, format!("answers at {}", socket.display()));
+    };
+    let missed = if config.images.memory.is_some() {
+        "images that were made in memory do not reach the disk, and are lost when the node goes down"
+    } else if !config.images.tiers.is_empty() {
+        "images that are made here do not reach their tier"
+    } else {
+        "[images.retention] is not applied, and what killed programs leave stays"
+    };
+    Check::noted(
+        NAME,
+        format!("none at {} ({error}): {missed}", socket.display()),
+        ADVICE,
+    )
+}
+
 fn gpu(dev: &Path) -> Option<Check> {
     dev.join("nvidiactl").exists().then(|| {
         Check::noted(
@@ -435,6 +462,20 @@ mod tests {
             check.state == State::Failed && check.found.contains("is not in memory"),
             "{check:?}"
         );
+    }
+
+    #[test]
+    fn an_agent_that_is_missing_is_told_of_with_what_that_costs() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("agent.sock");
+        let of = |text: &str| agent(&socket, &NodeConfig::parse("test", text).unwrap());
+        let memory = of("[images.memory]\nquota = \"1GiB\"\n");
+        assert!(memory.state == State::Noted && memory.found.contains("do not reach the disk"));
+        let tier = of("[[images.tier]]\nurl = \"s3://bucket/\"\nnamespaces = [\"a\"]\n");
+        assert!(tier.found.contains("do not reach their tier"), "{tier:?}");
+        assert!(of("").found.contains("[images.retention]"));
+        let _listening = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert_eq!(of("").state, State::Passed);
     }
 
     #[test]
