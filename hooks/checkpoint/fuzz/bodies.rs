@@ -11,13 +11,14 @@ use std::{
 };
 
 use rekindle_checkpoint::{
-    Key, Manifest,
+    ImageStore, Key, Manifest,
     archive::{Existing, differences, list, open_dir, unpack},
-    chunks::{CHUNK, Chunks, Digest, Index},
+    chunks::{CHUNK, Chunks, Compression, Digest, Index},
     criu_image::{
         CriuImageError, OpenFiles, PE_PARENT, Pagemap, Run, areas, check_folder, credentials,
         link_remaps, pages_file,
     },
+    foreign::{Archive, Imported},
     layout::{ARTIFACT, Layout},
     manifest::{CRIU_DIR, FORMAT, MANIFEST_FILE, MAX_FILES, MAX_ITEMS, PackEntry},
     touches,
@@ -34,12 +35,38 @@ pub const ALL: &[(&str, Body)] = &[
     ("archive", archive),
     ("chunk", chunk),
     ("folder", folder),
+    ("foreign", foreign),
     ("index", index),
     ("layout", layout),
     ("manifest", manifest),
     ("pagemap", pagemap),
     ("touches", touches),
 ];
+
+/// Makes the checksums of all headers of an archive right, and of the archives in it: hardly a change of the fuzzer's
+/// would get behind them otherwise.
+#[allow(dead_code, reason = "of the fuzzer's targets, and not of their bodies")]
+pub fn correct(mut rest: &mut [u8]) {
+    while let Some((header, behind)) = rest.split_first_chunk_mut::<512>() {
+        let (mut size, mut nested) = (0, false);
+        if header.iter().any(|byte| *byte != 0) {
+            // The checksum counts itself as spaces.
+            header[148..156].fill(b' ');
+            let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+            header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            let header = tar::Header::from_byte_slice(header);
+            size = header.entry_size().unwrap_or(0);
+            nested = header.path_bytes().ends_with(b".tar");
+        }
+        let most = behind.len();
+        let within = |bytes: u64| most.min(usize::try_from(bytes).unwrap_or(usize::MAX));
+        let (data, next) = (within(size), within(size.div_ceil(512).saturating_mul(512)));
+        if nested {
+            correct(&mut behind[..data]);
+        }
+        rest = &mut behind[next..];
+    }
+}
 
 /// No process of Linux has an address behind it (x86 with five levels).
 const ADDRESSES: u64 = 1 << 57;
@@ -72,6 +99,34 @@ pub fn manifest(bytes: &[u8]) {
     let _ = manifest.total_bytes();
     let text = serde_json::to_vec(&manifest).unwrap();
     assert_eq!(Manifest::parse(path, &text).unwrap(), manifest);
+}
+
+/// The bytes are a checkpoint archive of containerd: it becomes an image that is whole, or nothing is left of it.
+pub fn foreign(bytes: &[u8]) {
+    let folder = new_folder();
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("archive.tar"), bytes).unwrap();
+    let store = ImageStore::open(&path("store")).unwrap();
+    let (namespace, name) = ("team-a".parse().unwrap(), "warm".parse().unwrap());
+    let imported = Archive::open(&path("archive.tar")).and_then(|archive| {
+        let (to, done) = ((&namespace, &name), AtomicU64::new(0));
+        archive.import(&store, to, None, Compression::None, &path("private"), &done)
+    });
+    let left = fs::read_dir(path("store/.partial")).unwrap().count();
+    assert_eq!(left, 0, "something is left of it");
+    match imported {
+        Ok(Imported { image, .. }) => {
+            let verified = image.verify(&path("into"), None).unwrap();
+            verified.verify_chunks(&AtomicU64::new(0)).unwrap();
+            for archive in [verified.upper(), verified.shm()].into_iter().flatten() {
+                list(archive).unwrap();
+            }
+        }
+        Err(refused) => {
+            assert!(store.list(None).unwrap().is_empty());
+            assert!(refused.to_string().len() < 4096, "{refused}");
+        }
+    }
 }
 
 /// A file below the image's folder, and no deeper than in that of CRIU's files.

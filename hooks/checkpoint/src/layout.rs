@@ -50,6 +50,8 @@ mod remove;
 #[cfg(feature = "s3")]
 pub use away::Told;
 pub use blobs::{BlobDigest, BlobFault};
+#[cfg(feature = "s3")]
+pub use bucket::tag_tells;
 pub use pull::{Found, Proof, Pulled};
 pub use push::Pushed;
 #[cfg(feature = "s3")]

@@ -70,6 +70,8 @@ pub struct Held {
     pub last_used: u64,
     /// A container is being started from it, or still loads from it.
     pub in_use: bool,
+    /// Some of it is in its tier only, and comes.
+    pub incoming: bool,
     /// Its manifest can be read, and it is not in quarantine. One that is not usable is no generation to keep, and the
     /// newest of no name.
     pub usable: bool,

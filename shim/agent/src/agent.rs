@@ -225,6 +225,9 @@ impl Agent {
 
     /// Has the rest of an image come that began to come in, where whoever fetched it is gone.
     fn complete(&self, held: &Held, config: &NodeConfig) -> anyhow::Result<()> {
+        if !held.incoming {
+            return Ok(());
+        }
         let (namespace, name) = (&held.namespace, &held.name);
         let sealed = match self.store.resolve(namespace, name, Some(held.generation)) {
             // Somebody has removed it meanwhile, or what is there cannot be read, which others tell.

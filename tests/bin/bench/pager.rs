@@ -4,13 +4,14 @@
 use crate::figures::Series;
 use crate::filling;
 use crate::machine::{self, Machine};
+use crate::steps::{Steps, steps};
 use anyhow::{Context, Result, ensure};
 use rekindle_harness::container::Builder;
 use rekindle_harness::model::{self, Embedding};
 use rekindle_harness::progress::Progress;
 use rekindle_harness::s3::{self, S3Server};
 use rekindle_harness::{Container, Node};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -101,6 +102,8 @@ pub(crate) struct Round {
 pub(crate) struct Beside {
     pub(crate) mib: u64,
     pub(crate) rounds: Vec<Round>,
+    /// What the shim says its steps took, where the image came from a bucket.
+    pub(crate) afar: Steps,
 }
 
 impl Beside {
@@ -134,6 +137,8 @@ struct Stage {
     prepared: model::Prepared,
     /// Containers started so far: each has an id of its own.
     started: Cell<usize>,
+    /// The steps of the last one.
+    steps: RefCell<Vec<(String, f64)>>,
 }
 
 pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
@@ -141,6 +146,8 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
     if let Some(config) = &mut prepared.config.rekindle_toml {
         *config += &s3::tier(BUCKET, "default");
     }
+    // The shim tells at debug how long each step took.
+    prepared.config.log_level = "debug";
     let node = Node::start(prepared.config.clone()).await?;
     let _s3 = S3Server::start(&node, model::BUCKET, model::PREFIX, &prepared.weights).await?;
     fs::create_dir_all(node.path(s3::ROOT).join(BUCKET))?;
@@ -152,6 +159,7 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
         node,
         prepared,
         started: Cell::new(0),
+        steps: RefCell::default(),
     };
     let large = match machine.memory_gib >= MEMORY_FOR_LARGE {
         true => LARGE,
@@ -162,20 +170,22 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
     for mib in [SMALL, large] {
         progress.step(&format!("the images, {mib} MiB beside the server"));
         let first = stage.images(mib).await?;
-        // A restore notes what it is asked for, and after the third there is as a rule nothing new. And the page cache
-        // learns the files of all.
+        // A restore notes what it is asked for, in the bucket, too, and after the third there is as a rule nothing new. And
+        // the page cache learns the files of all.
         for way in [
             Way::Ours,
             Way::Ours,
             Way::Ours,
+            Way::Afar,
+            Way::Afar,
             Way::Afar,
             Way::Eagerly,
             Way::Criu,
         ] {
             stage.start(way, mib, &first).await?;
         }
-        let rounds = Vec::new();
-        all.push((first, Beside { mib, rounds }));
+        let (rounds, afar) = (Vec::new(), Steps::default());
+        all.push((first, Beside { mib, rounds, afar }));
     }
     let mut filling = [Vec::new(), Vec::new()];
     for pair in 0..pairs {
@@ -189,6 +199,9 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
                 // Each is the first one, the second and the last in turn.
                 let place = (pair + turn) % WAYS.len();
                 starts[place] = Some(stage.start(WAYS[place], beside.mib, first).await?);
+                if WAYS[place] == Way::Afar {
+                    beside.afar.0.append(&mut stage.steps.take());
+                }
             }
             if let [Some(ours), Some(afar), Some(eager), Some(criu)] = starts {
                 beside.rounds.push(Round {
@@ -247,14 +260,19 @@ impl Stage {
     async fn start(&self, way: Way, mib: u64, first: &Embedding) -> Result<Start> {
         self.paging(if way == Way::Eagerly { "eager" } else { "lazy" })?;
         let number = self.started.replace(self.started.get() + 1);
-        let server = self.server(&format!("warm-{number}"), mib);
+        let id = format!("warm-{number}");
+        let server = self.server(&id, mib);
         let server = match way {
             Way::Criu => server
                 .binary(LAZY_RUNC)
                 .restore_from(&format!("{PLAIN}/{mib}")),
             Way::Afar => {
-                let remove = ["rekindle", "image", "rm", &away(mib)];
-                self.node.run(remove).await?;
+                // Who has fetched it may still have it written to the disk.
+                let remove = format!(
+                    "for _ in $(seq 100); do rekindle image rm {} && exit; sleep 0.1; done; exit 1",
+                    away(mib)
+                );
+                self.node.run(["sh", "-c", &remove]).await?;
                 server.annotation("rekindle.dev/restore-from", &away(mib))
             }
             Way::Ours | Way::Eagerly => server.annotation("rekindle.dev/restore-from", &name(mib)),
@@ -264,6 +282,7 @@ impl Stage {
         let task = prepared.create().await?;
         let (start, all_in) = tokio::join!(answered(&task, began, first), self.watched(way, began));
         let (answered, all_in) = (start?, all_in?);
+        self.steps.replace(steps(&self.node, &id)?);
         let start = Start {
             answered,
             all_in: all_in.map(|(ms, _)| ms),

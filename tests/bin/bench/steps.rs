@@ -1,8 +1,30 @@
 //! What the shim's log tells of the steps of a container.
 
+use crate::figures::Series;
 use anyhow::Result;
 use rekindle_harness::Node;
 use std::fs;
+
+/// The steps of some containers: name, milliseconds.
+#[derive(Debug, Default)]
+pub(crate) struct Steps(pub(crate) Vec<(String, f64)>);
+
+impl Steps {
+    /// Each name in its order, with what it took.
+    pub(crate) fn by_name(&self) -> Vec<(String, Series)> {
+        let mut names: Vec<&String> = Vec::new();
+        for (name, _) in &self.0 {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        let of = |name: &String| {
+            let all = self.0.iter().filter(|(step, _)| step == name);
+            (name.clone(), all.map(|(_, ms)| *ms).collect())
+        };
+        names.into_iter().map(of).collect()
+    }
+}
 
 /// The `id="…" step="…" ms=…` lines of a container in the log, in their order.
 pub(crate) fn steps(node: &Node, id: &str) -> Result<Vec<(String, f64)>> {

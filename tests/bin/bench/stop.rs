@@ -3,7 +3,7 @@
 
 use crate::figures::Series;
 use crate::machine::{self, Machine};
-use crate::steps::steps;
+use crate::steps::{Steps, steps};
 use anyhow::{Context, Result};
 use rekindle_harness::progress::Progress;
 use rekindle_harness::{Container, Image, Node, NodeConfig, Runtime, images};
@@ -51,8 +51,8 @@ pub(crate) struct Measured {
 #[derive(Debug, Default)]
 pub(crate) struct Compared {
     pub(crate) pairs: Vec<(Checkpoint, Checkpoint)>,
-    /// What the steps of ours took, in their order: name, milliseconds.
-    pub(crate) steps: Vec<(String, f64)>,
+    /// What the steps of ours took.
+    pub(crate) steps: Steps,
     /// Seconds that `dd` takes for as many bytes, past the page cache where there is one.
     pub(crate) ceiling: Vec<f64>,
 }
@@ -64,21 +64,6 @@ impl Compared {
 
     pub(crate) fn ours(&self, of: fn(&Checkpoint) -> f64) -> Series {
         self.pairs.iter().map(|(_, ours)| of(ours)).collect()
-    }
-
-    /// The steps of ours in their order, with what they took in the median.
-    pub(crate) fn steps(&self) -> Vec<(String, Series)> {
-        let mut names: Vec<&String> = Vec::new();
-        for (name, _) in &self.steps {
-            if !names.contains(&name) {
-                names.push(name);
-            }
-        }
-        let of = |name: &String| {
-            let all = self.steps.iter().filter(|(step, _)| step == name);
-            (name.clone(), all.map(|(_, ms)| *ms).collect())
-        };
-        names.into_iter().map(of).collect()
     }
 
     pub(crate) fn ratio(&self, of: fn(&Checkpoint) -> f64) -> Series {
@@ -128,7 +113,7 @@ pub(crate) async fn measure(pairs: usize) -> Result<Measured> {
             compared.pairs.push(both);
             // The log grows: those of the last checkpoints are behind the others.
             let all = steps(&ours, ID)?;
-            compared.steps.extend_from_slice(&all[told..]);
+            compared.steps.0.extend_from_slice(&all[told..]);
             told = all.len();
             compared.ceiling.push(ceiling(&ours, on_disk).await?);
         }

@@ -108,7 +108,6 @@ images! {
             programs_that_start_others_all_the_time
         }
         pods {
-            a_connection_that_nobody_has_taken_yet_is_no_hindrance
             an_exported_image_serves_another_namespace
             another_namespaces_image_is_refused_at_the_sandbox
             a_refused_image_fails_the_start_with_its_reason

@@ -240,42 +240,6 @@ async fn a_connection_is_closed(stage: &Stage, name: &str, address: &str) -> Res
     new.remove().await
 }
 
-/// As of a probe that comes just then: the kernel has taken it, and the server has not.
-pub(crate) async fn a_connection_that_nobody_has_taken_yet_is_no_hindrance(
-    stage: &Stage,
-) -> Result<()> {
-    let cri = stage.node.cri().await?;
-    let old = cri.pod("untaken").run().await?;
-    let server = "echo hello | nc -l -p 7000 & exec /counter";
-    let task = old.container("main").shell(server).run().await?;
-    let before = task.counts_to(5).await?;
-    let stopped = "until netstat -ltn | grep -q :7000; do sleep 0.05; done; kill -STOP $(pidof nc)";
-    task.shell(stopped).await?;
-    let client = ["nc", "127.0.0.1", "7000"];
-    let peer = old.container("peer").args(&client).run().await?;
-    let come = "until netstat -tn | grep -q ' 127.0.0.1:7000 *ESTABLISHED'; do sleep 0.05; done";
-    task.shell(come).await?;
-    if !stage.dumps_tcp_of("untaken/main").await? {
-        task.counts_to(before.n + 3).await?;
-        return old.remove().await;
-    }
-    stage.checkpoint("untaken/main", "untaken", &[]).await?;
-    // The running one takes it later.
-    let at = task.counts_to(before.n).await?;
-    task.shell("kill -CONT $(pidof nc)").await?;
-    peer.says("the answer", |text| text == "hello\n").await?;
-
-    let pod = cri.pod("untaken-new");
-    let new = pod.annotation(RESTORE_FROM, "untaken").run().await?;
-    let warm = new.container("main").shell(server).run().await?;
-    continues(&warm, &before, at.n).await?;
-    // And the restored one takes another.
-    warm.shell("kill -CONT $(pidof nc)").await?;
-    assert_eq!(warm.shell("nc 127.0.0.1 7000").await?, "hello");
-    old.remove().await?;
-    new.remove().await
-}
-
 pub(crate) async fn a_restored_pod_is_checkpointed_again(stage: &Stage) -> Result<()> {
     let cri = stage.node.cri().await?;
     let mut pod = cri.pod("pod-again-0").run().await?;

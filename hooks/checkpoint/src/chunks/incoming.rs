@@ -40,6 +40,11 @@ const SEGMENT: u64 = 256 << 10;
 /// What one request streams at most: 16 segments. At 20 ms until the first byte and 80 MB/s, which a connection to S3
 /// has, two thirds of the time bytes come.
 const RUN: usize = 16;
+/// How many of scattered segments are fetched in the order in which they lie, and not in that in which they are wanted: so
+/// that there are fewer requests, each of which costs as much as some segments.
+const WINDOW: usize = 256;
+/// As many segments between two that are wanted are fetched with them: they cost less than a request.
+const BRIDGE: usize = 2;
 /// Threads that fetch what somebody waits for: as many faults are on their way at once.
 const URGENT: usize = 4;
 /// How long a reader waits for another process before it looks again.
@@ -160,16 +165,30 @@ impl Incoming {
 
     /// Streams these parts of packs, behind those that it was told before.
     pub(super) fn stream(&self, parts: impl Iterator<Item = (usize, Range<u64>)>) {
+        self.stream_segments(segments(parts));
+    }
+
+    /// The same of parts that are small and lie anywhere, in about their order.
+    pub(super) fn stream_scattered(&self, parts: impl Iterator<Item = (usize, Range<u64>)>) {
+        let all: Vec<Place> = segments(parts).collect();
+        let windows = all.chunks(WINDOW).map(|window| {
+            let mut window = window.to_vec();
+            window.sort_unstable();
+            window.dedup();
+            window
+        });
+        self.stream_segments(windows.flat_map(bridged));
+    }
+
+    fn stream_segments(&self, all: impl Iterator<Item = Place>) {
         let mut told: Vec<Vec<bool>> = (self.packs.iter())
             .map(|pack| vec![false; pack.size.div_ceil(SEGMENT) as usize])
             .collect();
         let mut state = self.lock();
         state.streams = true;
-        for (pack, range) in parts {
-            for place in places(&range) {
-                if !std::mem::replace(&mut told[pack][place], true) {
-                    state.order.push_back((pack, place));
-                }
+        for (pack, place) in all {
+            if !std::mem::replace(&mut told[pack][place], true) {
+                state.order.push_back((pack, place));
             }
         }
         self.changed.notify_all();
@@ -191,9 +210,14 @@ impl Incoming {
         Ok(ready)
     }
 
-    /// Waits until this part of a pack is here. Where this process streams, what is missing comes next; where another
-    /// one does, it is waited for.
-    pub(super) fn wait(&self, pack: usize, range: &Range<u64>) -> Result<(), ChunkError> {
+    /// Waits until this part of a pack is here. Where this process streams, what is missing comes next, if it is wanted
+    /// `now`, or in its turn; where another one does, it is waited for.
+    pub(super) fn wait(
+        &self,
+        pack: usize,
+        range: &Range<u64>,
+        now: bool,
+    ) -> Result<(), ChunkError> {
         let mut state = self.alive()?;
         loop {
             let mut ready = true;
@@ -202,7 +226,9 @@ impl Incoming {
                     continue;
                 }
                 ready = false;
-                if state.streams && state.segments[pack][place] == Segment::Missing {
+                // What has no turn comes when all others have had theirs.
+                let next = state.streams && (now || state.order.is_empty());
+                if next && state.segments[pack][place] == Segment::Missing {
                     self.urge(&mut state, (pack, place));
                 }
             }
@@ -226,7 +252,7 @@ impl Incoming {
             }
         }
         drop(state);
-        self.wait(pack, range)
+        self.wait(pack, range, true)
     }
 
     /// That the store gives something else.
@@ -378,6 +404,23 @@ impl Pack {
             Err(_) => false,
         }
     }
+}
+
+/// The segments that parts of packs lie in.
+fn segments(parts: impl Iterator<Item = (usize, Range<u64>)>) -> impl Iterator<Item = Place> {
+    parts.flat_map(|(pack, range)| places(&range).map(move |place| (pack, place)))
+}
+
+/// Segments in the order in which they lie, with those that lie between two of them.
+fn bridged(sorted: Vec<Place>) -> impl Iterator<Item = Place> {
+    let mut last: Option<Place> = None;
+    sorted.into_iter().flat_map(move |(pack, place)| {
+        let first = match last.replace((pack, place)) {
+            Some((same, before)) if same == pack && place - before <= BRIDGE + 1 => before + 1,
+            _ => place,
+        };
+        (first..=place).map(move |place| (pack, place))
+    })
 }
 
 /// The places of the segments that a part of a pack lies in.

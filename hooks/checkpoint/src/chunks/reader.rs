@@ -36,6 +36,8 @@ pub struct Chunks {
     pub(super) streams: BTreeMap<String, Parts>,
     /// Whether a chunk had to be read from where its pack is a second time.
     missed: AtomicBool,
+    /// Who reads waits until what is streamed has come, and has nothing come before its turn.
+    patient: bool,
 }
 
 #[derive(Debug)]
@@ -92,6 +94,7 @@ impl Chunks {
             addresses: Addresses::of(key),
             rows: chunks,
             missed: AtomicBool::new(false),
+            patient: false,
         })
     }
 
@@ -127,31 +130,49 @@ impl Chunks {
         Ok(self)
     }
 
+    /// Has readers wait for the turn of what is streamed: for who reads all of it, and is in no hurry.
+    #[must_use]
+    pub(crate) fn patiently(mut self) -> Self {
+        self.patient = true;
+        self
+    }
+
     /// Begins to fetch the streams that `wanted` says, by their names, in their order, behind what it was told before. For
     /// one process of the node: others find what it has brought.
     pub fn stream_in(&self, wanted: impl Fn(&str) -> bool) {
+        let Some(incoming) = &self.incoming else {
+            return;
+        };
         let streams = self.streams.iter().filter(|(name, _)| wanted(name));
-        self.stream_parts(streams.flat_map(|(_, stream)| stream.parts.iter().copied()));
+        let parts = streams.flat_map(|(_, stream)| stream.parts.iter().copied());
+        incoming.stream(self.in_packs(parts));
     }
 
     /// The same of parts of streams, with what is known to be asked for soon. What no stream has is passed over.
     pub(crate) fn stream_first(&self, parts: &[(String, Range<u64>)]) {
+        let Some(incoming) = &self.incoming else {
+            return;
+        };
         let streams = parts.iter().filter_map(|(name, range)| {
             let stream = self.streams.get(name)?;
             Some(stream.between(range.start, range.end))
         });
-        self.stream_parts(streams.flatten().map(|(part, _)| part));
+        let parts = streams.flatten().map(|(part, _)| part);
+        incoming.stream_scattered(self.in_packs(parts));
     }
 
-    fn stream_parts(&self, parts: impl Iterator<Item = Part>) {
-        let Some(incoming) = &self.incoming else {
-            return;
-        };
-        let rows = parts.filter_map(|part| match part {
-            Part::Chunk(row) => Some(&self.rows[row as usize]),
+    /// Where parts of streams lie: in which pack, and where in that.
+    fn in_packs(
+        &self,
+        parts: impl Iterator<Item = Part>,
+    ) -> impl Iterator<Item = (usize, Range<u64>)> {
+        parts.filter_map(|part| match part {
+            Part::Chunk(row) => {
+                let row = &self.rows[row as usize];
+                Some((usize::from(row.pack), row.range()))
+            }
             Part::Zeros(_) => None,
-        });
-        incoming.stream(rows.map(|row| (usize::from(row.pack), row.range())));
+        })
     }
 
     /// Whether a part of a stream can be read without waiting. What is not here is fetched before everything else; ask
@@ -289,7 +310,7 @@ impl Chunks {
         };
         let chunk = &self.rows[row as usize];
         let (pack, range) = (usize::from(chunk.pack), chunk.range());
-        incoming.wait(pack, &range)?;
+        incoming.wait(pack, &range, !self.patient)?;
         for _ in 0..AGAIN {
             match self.read_here(row, into) {
                 Err(ChunkError::Damaged { .. }) => incoming.again(pack, &range)?,

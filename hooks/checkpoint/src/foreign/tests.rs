@@ -266,6 +266,29 @@ fn the_kubelets_archive_becomes_an_image() {
     image.verify(&place.path("laid-out"), None).unwrap();
 }
 
+/// As containerd 2 writes it where it is told to.
+#[test]
+fn a_layer_may_be_compressed_in_each_way_that_there_is() {
+    let zstd = |bytes: &[u8]| {
+        use ruzstd::encoding::{CompressionLevel, compress_to_vec};
+        compress_to_vec(bytes, CompressionLevel::Fastest)
+    };
+    let upper = |layer: Vec<u8>| {
+        let place = Place::new();
+        let bytes = changed("rootfs-diff.tar", layer);
+        let image = place.import_bytes(&bytes, None).unwrap().image;
+        stream(&image, None, "upper.tar")
+    };
+    let plain = upper(layer());
+    assert!(!plain.is_empty());
+    assert_eq!(upper(gzip(&layer())), plain);
+    assert_eq!(upper(zstd(&layer())), plain);
+    let place = Place::new();
+    let mut cut = zstd(&layer());
+    cut.truncate(cut.len() - 20);
+    place.refuses(&changed("rootfs-diff.tar", cut), "the writable layer");
+}
+
 #[test]
 fn an_encrypted_namespaces_image_is_encrypted_and_its_export_is_said_to_be_plain() {
     let place = Place::new();

@@ -123,7 +123,7 @@ impl SealedImage {
         done: &AtomicU64,
     ) -> Result<(), ImageError> {
         let reference = self.reference();
-        let chunks = self.chunks_from(key, source)?;
+        let chunks = self.chunks_from(key, source)?.patiently();
         self.stream_rest(&chunks, &self.dir.join(CRIU_DIR));
         chunks
             .verify(done)

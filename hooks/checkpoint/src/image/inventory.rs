@@ -61,9 +61,9 @@ impl ImageStore {
                 generation,
                 manifest,
                 in_use,
+                incoming,
                 places,
                 quarantined,
-                ..
             } = listed;
             // One that is being removed just now is gone from a line to the next.
             if !places.any() {
@@ -84,6 +84,7 @@ impl ImageStore {
                 name,
                 generation,
                 in_use,
+                incoming,
             });
         }
         Ok(all)

@@ -120,6 +120,20 @@ impl Remote {
     }
 }
 
+/// What a tag of a bucket says of its image.
+pub fn tag_tells(tag: &str) -> Option<Told> {
+    let (namespace, rest) = tag.split_once('/')?;
+    let image = || {
+        let (name, rest) = rest.split_once('@')?;
+        let (created, _) = rest.split_once('-')?;
+        Some((name.parse().ok()?, created.parse().ok()?))
+    };
+    Some(Told {
+        namespace: namespace.parse().ok()?,
+        image: image(),
+    })
+}
+
 impl Away for Remote {
     /// `NAMESPACE/NAME@CREATED-DIGEST`.
     fn tag_of(&self, image: &SealedImage) -> String {
@@ -135,16 +149,7 @@ impl Away for Remote {
     }
 
     fn told(&self, tag: &str) -> Option<Told> {
-        let (namespace, rest) = tag.split_once('/')?;
-        let image = || {
-            let (name, rest) = rest.split_once('@')?;
-            let (created, _) = rest.split_once('-')?;
-            Some((name.parse().ok()?, created.parse().ok()?))
-        };
-        Some(Told {
-            namespace: namespace.parse().ok()?,
-            image: image(),
-        })
+        tag_tells(tag)
     }
 
     fn check_tag(&self, tag: &str) -> Result<(), LayoutError> {

@@ -28,8 +28,8 @@ use serde_json::Value;
 use super::{
     BLOBS, BlobDigest, BlobFault, Descriptor, INDEX_JSON, Layout, LayoutError, MAX_INDEX_JSON,
     MAX_OCI_MANIFEST, REF_NAME,
-    away::{Away, MAX_TAGS},
-    bucket::{NOTES, ROUNDS, Remote, TAGS},
+    away::{Away, MAX_TAGS, Told},
+    bucket::{NOTES, ROUNDS, Remote, TAGS, tag_tells},
 };
 use crate::manifest::shorten;
 
@@ -72,19 +72,18 @@ pub fn expired(
     ours: impl Fn(&Namespace) -> bool,
     now: u64,
 ) -> Vec<String> {
-    let mut names: BTreeMap<&str, Vec<(u64, &String)>> = BTreeMap::new();
+    let mut names: BTreeMap<_, Vec<(u64, &String)>> = BTreeMap::new();
     for tag in tags {
-        let Some((name, rest)) = tag.split_once('@') else {
-            continue;
-        };
-        let when = rest.split_once('-').and_then(|(when, _)| when.parse().ok());
-        let owner = name
-            .split_once('/')
-            .and_then(|(owner, _)| owner.parse().ok());
-        if let (Some(when), Some(owner)) = (when, owner)
-            && ours(&owner)
+        let told = tag_tells(tag).filter(|told| ours(&told.namespace));
+        if let Some(Told {
+            namespace,
+            image: Some((name, when)),
+        }) = told
         {
-            names.entry(name).or_default().push((when, tag));
+            names
+                .entry((namespace, name))
+                .or_default()
+                .push((when, tag));
         }
     }
     let mut gone = Vec::new();

@@ -29,6 +29,7 @@ pub(super) fn held(name: &str, generation: u64, last_used: u64, packs: &[(u64, u
         last_used,
         in_use: false,
         usable: true,
+        incoming: false,
         remade: false,
         files: [own].into_iter().chain(packs).collect(),
         memory: Vec::new(),

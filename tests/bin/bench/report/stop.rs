@@ -43,7 +43,7 @@ pub(super) fn tables(out: &mut StdoutLock<'_>, measured: &Measured) -> Result<()
             ],
         )?;
         let ratio = compared.ratio(stopped);
-        let told = compared.steps();
+        let told = compared.steps.by_name();
         let steps: Vec<_> = told
             .iter()
             .map(|(name, ms)| (name.as_str(), ms.clone(), 0))

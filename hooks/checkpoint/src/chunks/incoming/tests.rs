@@ -224,6 +224,16 @@ fn what_is_known_to_be_asked_for_soon_comes_first() {
 }
 
 #[test]
+fn what_lies_between_two_segments_comes_with_them() {
+    let all = bridged(vec![(0, 1), (0, 2), (0, 5), (0, 9), (1, 10), (1, 13)]);
+    let places = |pack, places: Range<usize>| places.map(move |place| (pack, place));
+    let wanted = places(0, 1..6)
+        .chain(places(0, 9..10))
+        .chain(places(1, 10..14));
+    assert!(all.eq(wanted));
+}
+
+#[test]
 fn what_somebody_waits_for_comes_before_the_rest() {
     // Whatever is streamed hangs.
     let image = Image::new(64 * MIB, |nth| match nth < 2 {

@@ -9,6 +9,7 @@
 //! over, and goes on where it was killed.
 
 use std::{
+    fs,
     io::{Write as _, stdout},
     process::ExitCode,
     sync::atomic::{AtomicU64, Ordering},
@@ -20,7 +21,7 @@ use rekindle_core::{
     config::NodeConfig,
     name::{ImageName, ImageRef, Namespace},
 };
-use rekindle_store::s3::Tuning;
+use rekindle_store::{Lock, s3::Tuning};
 use serde_json::{Value, json};
 
 use super::{opened::Room, with_bar};
@@ -59,26 +60,38 @@ pub(super) fn run(
 ) -> anyhow::Result<ExitCode> {
     let (namespace, name) = wanted(args)?;
     let fetched = fetch(store, config, (&namespace, &name), args.json);
+    let fetched = fetched.map(|Fetched { image, hit, alone }| {
+        let told = (image.reference(), image.manifest().total_bytes(), hit);
+        // In this order: who has waited for this process finds that nobody uses the image.
+        drop(image);
+        drop(alone);
+        told
+    });
     // The lock, which is nobody's by now. What cannot be removed is left to the next sweep.
     let _ = store.sweep();
     if args.json {
         line(&match &fetched {
-            Ok((image, hit)) => json!({
-                "event": "ready",
-                "image": image.reference(),
-                "bytes": image.manifest().total_bytes(),
-                "hit": hit,
-            }),
+            Ok((image, bytes, hit)) => {
+                json!({"event": "ready", "image": image, "bytes": bytes, "hit": hit})
+            }
             Err(error) => json!({"event": "failed", "reason": format!("{error:#}")}),
         });
     }
-    let (image, hit) = fetched?;
+    let (image, bytes, hit) = fetched?;
     if !args.json {
         let how = if hit { "is here already" } else { "fetched" };
-        let bytes = output::bytes(image.manifest().total_bytes());
-        output::line(format!("{} ({bytes}) {how}", image.reference()));
+        output::line(format!("{image} ({}) {how}", output::bytes(bytes)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// An image that is on the node.
+struct Fetched {
+    image: SealedImage,
+    /// Whether it was there.
+    hit: bool,
+    /// Others wait for this process as long as it has this.
+    alone: Option<Lock>,
 }
 
 fn wanted(args: &FetchArgs) -> anyhow::Result<(Namespace, ImageName)> {
@@ -100,13 +113,17 @@ fn wanted(args: &FetchArgs) -> anyhow::Result<(Namespace, ImageName)> {
     Ok((namespace, image.name.clone()))
 }
 
-/// The image, and whether it was here.
 fn fetch(
     store: &ImageStore,
     config: &NodeConfig,
     (namespace, name): (&Namespace, &ImageName),
     json: bool,
-) -> anyhow::Result<(SealedImage, bool)> {
+) -> anyhow::Result<Fetched> {
+    let hit = |image, alone| Fetched {
+        image,
+        hit: true,
+        alone,
+    };
     let here = || match store.resolve(namespace, name, None) {
         Err(ImageError::Unknown(_)) => Ok(None),
         found => found.map(Some),
@@ -114,7 +131,7 @@ fn fetch(
     if let Some(image) = here()?
         && image.origin()?.is_none()
     {
-        return Ok((image, true));
+        return Ok(hit(image, None));
     }
     let mut told = false;
     let mut begun = |image: &SealedImage| {
@@ -122,7 +139,7 @@ fn fetch(
             line(&json!({"event": "begun", "image": image.reference()}));
         }
     };
-    let _alone = loop {
+    let alone = loop {
         if let Some(lock) = store.fetching(namespace, name)? {
             break lock;
         }
@@ -135,13 +152,20 @@ fn fetch(
         std::thread::park_timeout(TICK);
     };
     let image = match here()? {
-        Some(image) if image.origin()?.is_none() => return Ok((image, true)),
+        Some(image) if image.origin()?.is_none() => return Ok(hit(image, Some(alone))),
         Some(image) => image,
         None => begin(store, config, (namespace, name), json)?,
     };
     begun(&image);
+    if json {
+        stand_back();
+    }
     complete(config, &image, json)?;
-    Ok((image, false))
+    Ok(Fetched {
+        image,
+        hit: false,
+        alone: Some(alone),
+    })
 }
 
 /// Has as much of it come as a restore with a pager needs to begin; all of it from a registry that gives no parts.
@@ -178,6 +202,19 @@ fn begin(
     }
     let at = (key.as_ref(), room.path.as_path());
     Ok(found.begin(store, (namespace, name), at, &tier.url, &AtomicU64::new(0))?)
+}
+
+/// Has all threads of this process stand back behind those that a start is waiting for: what builds its processes, and its
+/// pager. They have a tenth of a processor beside one of these, and all of one that nobody else wants.
+fn stand_back() {
+    const NICE: i32 = 10;
+    let threads = fs::read_dir("/proc/self/task").into_iter().flatten();
+    for thread in threads.flatten() {
+        let id = thread.file_name().to_str().and_then(|id| id.parse().ok());
+        let id = id.and_then(rustix::process::Pid::from_raw);
+        // It is only an order.
+        let _ = id.map(|id| rustix::process::setpriority_process(Some(id), NICE));
+    }
 }
 
 /// Has the rest of it come.

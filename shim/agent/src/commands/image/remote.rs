@@ -6,7 +6,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use rekindle_checkpoint::layout::{Collected, Layout, Rules, expired};
+use rekindle_checkpoint::layout::{Collected, Layout, Rules, expired, tag_tells};
 use rekindle_core::{
     config::NodeConfig,
     name::{ImageRef, Namespace},
@@ -59,12 +59,6 @@ fn bucket(place: &Place) -> Result<&ImagePlace, Failure> {
     }
 }
 
-/// Whose image a tag is, where it says so.
-fn owner(tag: &str) -> Option<Namespace> {
-    let (owner, _) = tag.split_once('/')?;
-    owner.parse().ok()
-}
-
 pub(super) fn rm(
     config: &NodeConfig,
     place: &Place,
@@ -76,7 +70,7 @@ pub(super) fn rm(
         let reason = format!("{uri} names no tag: `rekindle image ls {uri}` shows them");
         return Err(Failure::Refused(reason).into());
     };
-    let whose = owner(wanted);
+    let whose = tag_tells(wanted).map(|told| told.namespace);
     if let (Some(whose), Some(namespace)) = (&whose, namespace)
         && whose != namespace
     {
