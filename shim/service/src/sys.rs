@@ -11,7 +11,13 @@ use std::{
     sync::OnceLock,
 };
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::{
+    errno::Errno,
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::{AddressFamily, SockFlag, SockType, socket},
+    },
+};
 use tokio::io::unix::AsyncFd;
 
 /// Makes `fd` descriptor `number` of the process that `command` starts, with no close-on-exec. `fd` has
@@ -183,6 +189,30 @@ pub(crate) fn map_users(mount: &OwnedFd, users: &OwnedFd, read_only: bool) -> io
     } else {
         Ok(())
     }
+}
+
+/// Brings up the loopback device of this thread's network namespace (`netdevice(7)`).
+pub(crate) fn loopback_up() -> nix::Result<()> {
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: a name and a union of numbers and addresses, of which zeros are one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[..2].copy_from_slice(&[b'l' as libc::c_char, b'o' as libc::c_char]);
+    // SAFETY: the kernel reads the name and writes the flags.
+    Errno::result(unsafe {
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request)
+    })?;
+    // SAFETY: the member that the call before has written.
+    unsafe { request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short };
+    // SAFETY: the kernel reads both.
+    Errno::result(unsafe {
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)
+    })?;
+    Ok(())
 }
 
 /// Whether two processes have one memory, as between `vfork` and `exec`.

@@ -104,6 +104,7 @@ images! {
             another_namespaces_image_under_its_name_is_refused
         }
         tasks {
+            a_connection_that_nobody_has_taken_yet_is_no_hindrance
             every_process_is_who_it_was
             programs_that_start_others_all_the_time
         }
@@ -165,6 +166,7 @@ images! {
         unmade {
             of_a_shared_pid_namespace
             of_a_user_namespace
+            of_a_stopped_process
             of_gpu_devices
             of_gpu_devices_that_a_hook_made
             of_the_nodes_ipc_namespace

@@ -101,6 +101,44 @@ pub(crate) async fn a_paused_container_stays_paused(stage: &Stage) -> Result<()>
     task.remove().await
 }
 
+/// As of a probe that comes just then: the kernel has taken it, and the server has not. This one is paused, so that it
+/// does not.
+pub(crate) async fn a_connection_that_nobody_has_taken_yet_is_no_hindrance(
+    stage: &Stage,
+) -> Result<()> {
+    let line = "echo hello | nc -l -p 7000 & exec /counter";
+    let task = stage.container("untaken").shell(line).run().await?;
+    let before = counts_to(task.io().out()?, 3).await?;
+    if !stage.dumps_tcp_of("untaken").await? {
+        return task.remove().await;
+    }
+    let pid = task
+        .pids()
+        .await?
+        .first()
+        .context("it has no process")?
+        .to_string();
+    let dial = "{ sleep 100 | busybox nc 127.0.0.1 7000; } > /tmp/untaken 2>&1 & \
+                until busybox netstat -tn | grep -q ' 127.0.0.1:7000 *ESTABLISHED'; do sleep 0.05; done";
+    task.pause().await?;
+    let enter = ["nsenter", "-t", &pid, "-n", "sh", "-c", dial];
+    stage.node.run(enter).await?;
+    stage.checkpoint("untaken", "untaken", &[]).await?;
+    let at = Count::last(&task.io().out()?.so_far()).context("the counter said nothing")?;
+    let warm = stage.warm("untaken-2", "untaken").run().await?;
+    continues(&warm, &before, at.n + 1).await?;
+    // The one that goes on running takes it, and the restored one another.
+    task.resume().await?;
+    let answered = "until grep -q hello /tmp/untaken; do sleep 0.05; done";
+    stage.node.run(["sh", "-c", answered]).await?;
+    assert_eq!(
+        shell(&warm, "dial", "nc 127.0.0.1 7000 < /dev/null").await?,
+        "hello"
+    );
+    warm.remove().await?;
+    task.remove().await
+}
+
 pub(crate) async fn exit_ends_it_and_the_image_continues(stage: &Stage) -> Result<()> {
     let (task, before) = stage.lived_in("exits").await?;
     let made = stage.checkpoint("exits", "exits", &["--exit"]).await?;

@@ -4,6 +4,7 @@ use crate::stage::{Stage, counts_to, shell};
 use anyhow::{Result, ensure};
 use rekindle_harness::container::Builder;
 use serde_json::json;
+use std::path::Path;
 
 /// Asserts that no image `name` is made of a container, in one sentence with all of `words`, and that nothing of the
 /// attempt is left.
@@ -89,6 +90,27 @@ pub(crate) async fn of_gpu_devices(stage: &Stage) -> Result<()> {
     let words = ["/dev/nvidia0", "built without GPU support"];
     is_refused(stage, "unmade-gpu", "unmade-gpu", &words).await?;
     counts_to(task.io().out()?, before.n + 5).await?;
+    task.remove().await
+}
+
+/// Under cgroup v1, where nobody can take hold of a process that is stopped and frozen.
+pub(crate) async fn of_a_stopped_process(stage: &Stage) -> Result<()> {
+    let line = "sleep 1000 & kill -STOP $!; exec /counter";
+    let task = stage.container("unmade-stopped").shell(line).run().await?;
+    let before = counts_to(task.io().out()?, 2).await?;
+    if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        let words = ["is stopped (SIGSTOP)", "kill -CONT"];
+        is_refused(stage, "unmade-stopped", "unmade-stopped", &words).await?;
+        counts_to(task.io().out()?, before.n + 5).await?;
+        // A user's own pause changes what is seen of it, and nothing else.
+        task.pause().await?;
+        is_refused(stage, "unmade-stopped", "unmade-stopped", &words).await?;
+        task.resume().await?;
+        shell(&task, "continue", "kill -CONT -1").await?;
+    }
+    stage
+        .checkpoint("unmade-stopped", "unmade-stopped", &[])
+        .await?;
     task.remove().await
 }
 

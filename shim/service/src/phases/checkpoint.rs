@@ -50,6 +50,7 @@ pub(crate) async fn run(
     request: &CheckpointRequest,
 ) -> Result<(), Error> {
     refuse(fixed, pid, execs)?;
+    hold::refuse_stopped(fixed, pid)?;
     let id = fixed.id.as_str();
     let until = Instant::now() + fixed.shared.node.deadlines.checkpoint;
     let spec = Spec::read(&fixed.bundle)?;

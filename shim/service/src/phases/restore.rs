@@ -6,6 +6,7 @@
 mod hostname;
 mod image;
 mod loading;
+mod loopback;
 mod told;
 
 use std::{
@@ -310,6 +311,7 @@ async fn start(
         let pid = read_pid(&pid_file)?;
         let exit = window.claim(pid);
         name.give(pid).await?;
+        loopback::bring_up(&spec, pid).await?;
         let console = match socket {
             Some(socket) => Some(socket.receive().await?),
             None => None,

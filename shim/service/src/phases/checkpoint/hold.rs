@@ -1,6 +1,6 @@
 //! Stops a container's tasks where CRIU can dump them.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use rekindle_checkpoint::pages::Tasks;
 
@@ -40,6 +40,34 @@ pub(super) fn require_dumpable(fixed: &Fixed, init: i32) -> Result<(), Error> {
         None => Ok(()),
         Some(pid) => Err(stuck(fixed, pid, "resume it, pause it and try again")),
     }
+}
+
+/// Refuses a container with a process that somebody has stopped, where that is frozen too. Under cgroup v1 it cannot come
+/// to where `ptrace` waits for it: CRIU would wait as long as it is let, and all others with it (Linux 6.18, CRIU 4.2).
+pub(super) fn refuse_stopped(fixed: &Fixed, init: i32) -> Result<(), Error> {
+    let groups = fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap_or_default();
+    if !groups.lines().any(|line| line.contains(":freezer:")) {
+        return Ok(());
+    }
+    let tasks = Tasks::below(init).unwrap_or_default().all();
+    let Some(task) = tasks.iter().find(|task| is_stopped(task.pid)) else {
+        return Ok(());
+    };
+    let reason = format!(
+        "its process {} ({}) is stopped (SIGSTOP), which CRIU cannot dump under cgroup v1; let it go on (`kill -CONT`)",
+        task.pid, task.comm
+    );
+    Err(PhaseError::CannotCheckpoint {
+        id: fixed.id.clone(),
+        reason,
+    }
+    .into())
+}
+
+/// Also of a process that is frozen: that has another state, but waits in the kernel where it was stopped.
+fn is_stopped(pid: i32) -> bool {
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    read("wchan").contains("do_signal_stop") || read("status").contains("\nState:\tT ")
 }
 
 fn stuck(fixed: &Fixed, pid: i32, advice: &str) -> Error {

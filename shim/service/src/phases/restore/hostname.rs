@@ -88,7 +88,7 @@ impl Name {
             let namespace = sandbox.clone();
             let read = async move {
                 let name = in_thread("hostname", move || {
-                    enter(&namespace).and_then(|()| gethostname())
+                    enter(&namespace, CloneFlags::CLONE_NEWUTS).and_then(|()| gethostname())
                 });
                 name.await?
                     .map_err(Error::io("reading the sandbox's host name"))
@@ -120,7 +120,7 @@ impl Name {
             return Ok(());
         };
         let given = in_thread("hostname", move || {
-            enter(&namespace).and_then(|()| sethostname(name))
+            enter(&namespace, CloneFlags::CLONE_NEWUTS).and_then(|()| sethostname(name))
         })
         .await?;
         given.map_err(Error::io("giving the restored container its host name"))
@@ -128,10 +128,10 @@ impl Name {
 }
 
 /// A namespace is a thread's property: to be called on a thread that ends with it.
-fn enter(namespace: &Path) -> nix::Result<()> {
+pub(super) fn enter(namespace: &Path, kind: CloneFlags) -> nix::Result<()> {
     let file = File::open(namespace)
         .map_err(|e| e.raw_os_error().map_or(Errno::ENOENT, Errno::from_raw))?;
-    setns(file, CloneFlags::CLONE_NEWUTS)
+    setns(file, kind)
 }
 
 #[cfg(test)]
