@@ -2,7 +2,7 @@
 
 use crate::command::generations;
 use crate::heap::{CHANGING, heap};
-use crate::stage::{RESTORE_FROM, Stage, counts_to};
+use crate::stage::{RESTORE_FROM, Stage, continues, counts_to, one_sentence};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -207,7 +207,7 @@ pub(crate) async fn the_command_is_killed_during_a_checkpoint(stage: &Stage) -> 
         ensure!(verified.status.success(), "{verified:?}");
         let warm = stage.warm(&format!("command-dies-{generation}"), &image);
         let warm = warm.run().await?;
-        crate::stage::continues(&warm, &before, at.n).await?;
+        continues(&warm, &before, at.n).await?;
         warm.remove().await?;
     }
     task.remove().await
@@ -235,7 +235,7 @@ pub(crate) async fn calls_are_answered_while_a_restore_runs(stage: &Stage) -> Re
     let (started, met) = tokio::join!(warm.start(), meanwhile);
     met?;
     started?;
-    crate::stage::continues(&warm, &before, at.n).await?;
+    continues(&warm, &before, at.n).await?;
     warm.remove().await?;
     task.remove().await
 }
@@ -333,4 +333,71 @@ pub(crate) async fn a_restore_is_killed(stage: &Stage) -> Result<()> {
     warm.delete().await?;
     stage.node.is_rid_of("given-up-2").await?;
     warm.remove().await
+}
+
+/// The steps of a start from an image, as the shim's log has them.
+const STEPS: [&str; 7] = [
+    "data",
+    "streams",
+    "image",
+    "verify",
+    "stage",
+    "rootfs",
+    "runc restore",
+];
+
+/// Whoever makes room asks for it then: the image stays, and the container goes on, or it is gone, and the container is
+/// refused for that.
+pub(crate) async fn an_image_is_removed_in_each_step_of_a_start_from_it(
+    stage: &Stage,
+) -> Result<()> {
+    let task = stage.container("goes").args(&["/counter"]).run().await?;
+    let (mut started, mut refused) = (0, 0);
+    for step in STEPS {
+        let from = counts_to(task.io().out()?, 2).await?;
+        let name = format!("goes-at-{}", step.replace(' ', "-"));
+        stage.checkpoint("goes", &name, &[]).await?;
+        let at = counts_to(task.io().out()?, from.n).await?;
+        let line = format!("begins id={name:?} step={step:?}");
+        let line = [line.as_str()];
+        let remove = async {
+            stage.node.logs(&line).await?;
+            stage.rekindle(&["image", "rm", &name]).await
+        };
+        let begin = async {
+            let (warm, created) = stage.warm(&name, &name).try_create().await?;
+            if let Err(refusal) = created {
+                // It has come no further.
+                one_sentence(&refusal, &["there is no image"])?;
+                warm.remove().await?;
+                return Ok(None);
+            }
+            warm.start().await?;
+            Ok::<_, anyhow::Error>(Some(warm))
+        };
+        let (removed, begun) = tokio::join!(remove, begin);
+        let (removed, begun) = (removed?, begun.with_context(|| format!("at {step:?}"))?);
+        let said = String::from_utf8_lossy(&removed.stderr);
+        ensure!(
+            removed.status.success() || said.contains("in use"),
+            "at {step:?}: {removed:?}"
+        );
+        match begun {
+            Some(warm) => {
+                continues(&warm, &from, at.n).await?;
+                warm.remove().await?;
+                started += 1;
+            }
+            None => refused += 1,
+        }
+        // What was kept is nobody's by now.
+        if !removed.status.success() {
+            stage.rekindle(&["image", "rm", &name]).await?;
+        }
+    }
+    println!(
+        "removed in {} steps: {started} went on, {refused} were refused",
+        STEPS.len()
+    );
+    task.remove().await
 }

@@ -201,6 +201,7 @@ images! {
             calls_are_answered_while_a_restore_runs
             a_long_restore_delays_nobody_else
             a_restore_is_killed
+            an_image_is_removed_in_each_step_of_a_start_from_it
         }
         heap {
             a_checkpoint_while_still_loading_drains_first
