@@ -1,6 +1,7 @@
 //! Between a client and the registry: what it does not lie about goes through.
 
 use std::{
+    collections::HashSet,
     io::{Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     sync::{
@@ -38,6 +39,9 @@ pub(crate) struct Request {
     pub(crate) op: Op,
     /// How many of this kind came so far, this one included.
     pub(crate) nth: usize,
+    /// Whether it is the first of its kind for this thing. Of requests that come at once, and are tried again together, each
+    /// third one may be the same one's all the time.
+    pub(crate) first: bool,
     pub(crate) message: Message,
 }
 
@@ -84,6 +88,7 @@ pub(crate) struct Proxy {
     registry: SocketAddr,
     rule: Box<Rule>,
     counts: [AtomicUsize; 10],
+    seen: Mutex<HashSet<(usize, String)>>,
     gone: AtomicBool,
 }
 
@@ -97,6 +102,7 @@ impl Proxy {
             registry,
             rule: Box::new(rule),
             counts: Default::default(),
+            seen: Mutex::default(),
             gone: AtomicBool::new(false),
         });
         let serving = Arc::clone(&proxy);
@@ -135,6 +141,11 @@ impl Proxy {
         let request = Request {
             op,
             nth: self.counts[op as usize].fetch_add(1, SeqCst) + 1,
+            first: self
+                .seen
+                .lock()
+                .unwrap()
+                .insert((op as usize, path.to_owned())),
             message: message.clone(),
         };
         let lie = match self.gone.load(SeqCst) {

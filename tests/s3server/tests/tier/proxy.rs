@@ -1,10 +1,11 @@
 //! Between a client and the server: what it does not lie about goes through.
 
 use std::{
+    collections::HashSet,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
@@ -31,6 +32,9 @@ pub(crate) struct Request {
     pub(crate) key: String,
     /// How many of this kind came so far, this one included.
     pub(crate) nth: usize,
+    /// Whether it is the first of its kind for this thing. Of requests that come at once, and are tried again together, each
+    /// third one may be the same one's all the time.
+    pub(crate) first: bool,
 }
 
 /// What becomes of an answer.
@@ -62,6 +66,7 @@ pub(crate) struct Proxy {
     server: SocketAddr,
     rule: Box<Rule>,
     counts: [AtomicUsize; 7],
+    seen: Mutex<HashSet<(usize, String)>>,
     gone: AtomicBool,
 }
 
@@ -76,6 +81,7 @@ impl Proxy {
             server,
             rule: Box::new(rule),
             counts: Default::default(),
+            seen: Mutex::default(),
             gone: AtomicBool::new(false),
         });
         let accepting = Arc::clone(&proxy);
@@ -114,6 +120,11 @@ impl Proxy {
             op,
             key: path.splitn(3, '/').nth(2).unwrap_or_default().to_owned(),
             nth: self.counts[op as usize].fetch_add(1, SeqCst) + 1,
+            first: self
+                .seen
+                .lock()
+                .unwrap()
+                .insert((op as usize, path.to_owned())),
         };
         let lie = match self.gone.load(SeqCst) {
             true => Lie::GoAway,
