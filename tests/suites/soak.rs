@@ -125,13 +125,14 @@ async fn remove(node: &Node, id: &str) -> Result<()> {
     rid.with_context(|| format!("containerd's log has of it\n{}", of_it.join("\n")))
 }
 
-/// Waits until nothing is left that any of them could have brought.
+/// Waits until nothing is left that any of them could have brought. A bundle that containerd removes it hides first; one that
+/// it was killed at then it passes over from there on (`core/runtime/v2/bundle.go`, `shim_load.go` of 2.1).
 async fn left(node: &Node) -> Result<()> {
     let look = r#"
         pgrep -a 'containerd-shim|runc|sleep'
         grep io.containerd.runtime /proc/self/mountinfo
         find /run/containerd/s /run/containerd/runc /run/rekindle /run/containerd/io.containerd.runtime.v2.task \
-          -mindepth 1 ! -path '*/default' 2>/dev/null
+          -mindepth 1 ! -path '*/default' ! -path '*/default/.*' 2>/dev/null
         find /sys/fs/cgroup -type d -path '*/default/*'
         true"#;
     let mut last = String::new();
