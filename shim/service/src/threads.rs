@@ -1,6 +1,11 @@
 //! Work that the runtime's one thread must not do itself.
 
-use std::io;
+use std::{fs::File, io, path::PathBuf};
+
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns},
+};
 
 use crate::error::Error;
 
@@ -21,6 +26,21 @@ pub(crate) async fn in_thread<T: Send + 'static>(
         doing: name,
         source: io::Error::other("its thread panicked"),
     })
+}
+
+/// Runs `work` in a namespace, which is a thread's property.
+pub(crate) async fn in_namespace<T: Send + 'static>(
+    name: &'static str,
+    (namespace, kind): (PathBuf, CloneFlags),
+    work: impl FnOnce() -> nix::Result<T> + Send + 'static,
+) -> Result<nix::Result<T>, Error> {
+    in_thread(name, move || {
+        let opened = File::open(namespace);
+        let file = opened.map_err(|e| e.raw_os_error().map_or(Errno::ENOENT, Errno::from_raw))?;
+        setns(file, kind)?;
+        work()
+    })
+    .await
 }
 
 /// Runs what blocks for long on the runtime's blocking threads.

@@ -17,6 +17,7 @@ use crate::figures::Series;
 use crate::machine::Machine;
 use crate::shim::Compared;
 use crate::starts::Measured;
+use crate::steps::Steps;
 use anyhow::Result;
 use serde_json::{Value, json};
 use std::io::{StdoutLock, Write};
@@ -93,6 +94,16 @@ fn heading(out: &mut StdoutLock<'_>, machine: &Machine) -> Result<()> {
 }
 
 /// A table with a row for each series: its name, and with how many digits.
+/// What steps took, in milliseconds.
+fn steps(out: &mut StdoutLock<'_>, steps: &Steps) -> Result<()> {
+    let by_name = steps.by_name();
+    let named = by_name.iter();
+    let all: Vec<_> = named
+        .map(|(name, took)| (name.as_str(), took.clone(), 0))
+        .collect();
+    rows(out, &all)
+}
+
 fn rows(out: &mut StdoutLock<'_>, rows: &[(&str, Series, usize)]) -> Result<()> {
     writeln!(
         out,

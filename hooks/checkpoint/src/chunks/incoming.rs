@@ -174,7 +174,6 @@ impl Incoming {
         let windows = all.chunks(WINDOW).map(|window| {
             let mut window = window.to_vec();
             window.sort_unstable();
-            window.dedup();
             window
         });
         self.stream_segments(windows.flat_map(bridged));

@@ -138,7 +138,7 @@ impl Arriving {
             .publish(Place::Disk, &self.namespace, &self.name, |dest| {
                 publish_dir(&dir, dest)
             })?;
-        self.folder.published = true;
+        self.folder.kept = true;
         Ok(published)
     }
 

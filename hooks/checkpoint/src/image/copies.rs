@@ -209,7 +209,7 @@ impl SealedImage {
             Err(StoreError::Exists(_)) => return Ok(Copied::There),
             published => published?,
         }
-        folder.published = true;
+        folder.kept = true;
         if !self.dir.join(MANIFEST_FILE).exists() {
             // Removed by force meanwhile, and this copy came too late for that.
             self.store

@@ -20,8 +20,8 @@ pub(super) struct Folder {
     pub(super) id: String,
     pub(super) dir: PathBuf,
     lease: Option<Lock>,
-    pub(super) published: bool,
-    theirs: bool,
+    /// Its folder is not this one's to remove: it was published, or is left to others.
+    pub(super) kept: bool,
 }
 
 impl Folder {
@@ -33,21 +33,20 @@ impl Folder {
             id: id.to_owned(),
             dir: partials.join(id),
             lease: Some(lease),
-            published: false,
-            theirs: false,
+            kept: false,
         }))
     }
 
     /// Removed by whoever holds it last.
     pub(super) fn left_to_others(mut self) -> Self {
-        self.theirs = true;
+        self.kept = true;
         self
     }
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        if !self.published && !self.theirs {
+        if !self.kept {
             // Errors leave it to the next sweep.
             let _ = remove_tree(&self.dir);
         }

@@ -411,7 +411,7 @@ impl Partial {
                 .publish(self.place, &manifest.namespace, &manifest.name, |dest| {
                     publish_dir(&dir, dest)
                 })?;
-        self.folder.published = true;
+        self.folder.kept = true;
         Ok(sealed)
     }
 

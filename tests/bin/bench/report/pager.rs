@@ -1,6 +1,6 @@
 //! What is printed of pagers.
 
-use super::{INCONCLUSIVE, conclusive, heading, rows, series};
+use super::{INCONCLUSIVE, conclusive, heading, rows, series, steps};
 use crate::figures::Series;
 use crate::pager::{Beside, Measured, Round};
 use anyhow::Result;
@@ -111,13 +111,8 @@ pub(super) fn tables(out: &mut StdoutLock<'_>, measured: &Measured) -> Result<()
         let all_in = beside.of(of_criu_all_in);
         verdict(out, "all in, of CRIU's daemon's", &all_in, OF_CRIU_ALL_IN)?;
         verdict(out, "the pager's peak, MiB", &beside.of(pager_mib), PAGER)?;
-        let told = beside.afar.by_name();
-        let steps: Vec<_> = told
-            .iter()
-            .map(|(name, took)| (name.as_str(), took.clone(), 0))
-            .collect();
         writeln!(out, "\nfrom a bucket, by the shim's steps; ms")?;
-        rows(out, &steps)?;
+        steps(out, &beside.afar)?;
     }
     writeln!(
         out,

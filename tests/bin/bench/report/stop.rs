@@ -1,6 +1,6 @@
 //! What is printed of the time that a process stands still.
 
-use super::{INCONCLUSIVE, conclusive, heading, rows, series};
+use super::{INCONCLUSIVE, conclusive, heading, rows, series, steps};
 use crate::figures::Series;
 use crate::stop::{Checkpoint, Compared, Measured};
 use anyhow::Result;
@@ -43,13 +43,8 @@ pub(super) fn tables(out: &mut StdoutLock<'_>, measured: &Measured) -> Result<()
             ],
         )?;
         let ratio = compared.ratio(stopped);
-        let told = compared.steps.by_name();
-        let steps: Vec<_> = told
-            .iter()
-            .map(|(name, ms)| (name.as_str(), ms.clone(), 0))
-            .collect();
         writeln!(out, "ours, by its steps; ms")?;
-        rows(out, &steps)?;
+        steps(out, &compared.steps)?;
         let verdict = match (conclusive(&ratio), ratio.median() <= *target) {
             (false, _) => INCONCLUSIVE.to_owned(),
             (true, true) => ": reached".to_owned(),

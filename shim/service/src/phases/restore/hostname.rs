@@ -8,18 +8,18 @@
 use std::{
     collections::HashMap,
     ffi::OsString,
-    fs::File,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use nix::{
-    errno::Errno,
-    sched::{CloneFlags, setns},
+    sched::CloneFlags,
     unistd::{gethostname, sethostname},
 };
 
-use crate::{bundle::Spec, error::Error, threads::in_thread};
+use crate::{bundle::Spec, error::Error, threads::in_namespace};
+
+const UTS: CloneFlags = CloneFlags::CLONE_NEWUTS;
 
 /// What the sandboxes are called in which something is being restored.
 #[derive(Debug, Clone, Default)]
@@ -87,9 +87,7 @@ impl Name {
         if let Some(sandbox) = spec.namespace_path("uts") {
             let namespace = sandbox.clone();
             let read = async move {
-                let name = in_thread("hostname", move || {
-                    enter(&namespace, CloneFlags::CLONE_NEWUTS).and_then(|()| gethostname())
-                });
+                let name = in_namespace("hostname", (namespace, UTS), gethostname);
                 name.await?
                     .map_err(Error::io("reading the sandbox's host name"))
             };
@@ -119,19 +117,9 @@ impl Name {
         let Some(name) = self.0.clone() else {
             return Ok(());
         };
-        let given = in_thread("hostname", move || {
-            enter(&namespace, CloneFlags::CLONE_NEWUTS).and_then(|()| sethostname(name))
-        })
-        .await?;
+        let given = in_namespace("hostname", (namespace, UTS), move || sethostname(name)).await?;
         given.map_err(Error::io("giving the restored container its host name"))
     }
-}
-
-/// A namespace is a thread's property: to be called on a thread that ends with it.
-pub(super) fn enter(namespace: &Path, kind: CloneFlags) -> nix::Result<()> {
-    let file = File::open(namespace)
-        .map_err(|e| e.raw_os_error().map_or(Errno::ENOENT, Errno::from_raw))?;
-    setns(file, kind)
 }
 
 #[cfg(test)]

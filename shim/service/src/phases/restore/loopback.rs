@@ -8,8 +8,7 @@ use std::path::PathBuf;
 
 use nix::sched::CloneFlags;
 
-use super::hostname::enter;
-use crate::{bundle::Spec, error::Error, sys, threads::in_thread};
+use crate::{bundle::Spec, error::Error, sys, threads::in_namespace};
 
 /// Brings it up in the network namespace of `pid`, where that was made for it.
 pub(super) async fn bring_up(spec: &Spec, pid: i32) -> Result<(), Error> {
@@ -17,10 +16,8 @@ pub(super) async fn bring_up(spec: &Spec, pid: i32) -> Result<(), Error> {
         return Ok(());
     }
     let namespace = PathBuf::from(format!("/proc/{pid}/ns/net"));
-    let up = in_thread("loopback", move || {
-        enter(&namespace, CloneFlags::CLONE_NEWNET)?;
-        sys::loopback_up()
-    });
+    let of = (namespace, CloneFlags::CLONE_NEWNET);
+    let up = in_namespace("loopback", of, sys::loopback_up);
     up.await?.map_err(Error::io(
         "bringing up the restored container's loopback device",
     ))
